@@ -1,0 +1,27 @@
+"""Fused kernels for the operations a PixArt transformer is made of, forward and backward."""
+
+from pixart_kernels import reference
+from pixart_kernels.adaln import (
+    adaln_modulate,
+    adaln_single,
+    gated_residual,
+    gated_residual_adaln,
+)
+from pixart_kernels.attention import attention, cross_attention, self_attention
+from pixart_kernels.dispatch import use_backend
+from pixart_kernels.kv_compression import compress_kv
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "adaln_modulate",
+    "adaln_single",
+    "attention",
+    "compress_kv",
+    "cross_attention",
+    "gated_residual",
+    "gated_residual_adaln",
+    "reference",
+    "self_attention",
+    "use_backend",
+]

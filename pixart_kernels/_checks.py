@@ -1,0 +1,30 @@
+"""Messages for wrong arguments: one wording for every op, raised before anything is launched."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def wrong(op: str, argument: str, got: object, accepted: str) -> ValueError:
+    return ValueError(f"{op}: `{argument}` is {got}; accepted: {accepted}")
+
+
+def shape(tensor: Tensor) -> str:
+    return f"{tuple(tensor.shape)}"
+
+
+def check_floating(op: str, **tensors: Tensor) -> None:
+    """Raises TypeError for a non-floating tensor, ValueError for tensors on different devices."""
+    device = None
+    for name, tensor in tensors.items():
+        if not tensor.is_floating_point():
+            raise TypeError(f"{op}: `{name}` has dtype {tensor.dtype}; accepted: a floating dtype")
+        if device is not None and tensor.device != device:
+            raise wrong(op, name, f"on {tensor.device}", f"a tensor on {device}, like the others")
+        device = tensor.device
+
+
+def compute_dtype(tensor: Tensor) -> torch.dtype:
+    """fp32 for 16-bit inputs; fp32 and fp64 stay (fp64 is what gradcheck needs)."""
+    return torch.promote_types(tensor.dtype, torch.float32)

@@ -1,0 +1,3 @@
+from pixart_kernels.kv_compression.functional import compress_kv
+
+__all__ = ["compress_kv"]

@@ -1,0 +1,21 @@
+"""Every op in plain PyTorch, same signatures: what each op means, on any device."""
+
+from pixart_kernels.adaln.reference import (
+    adaln_modulate,
+    adaln_single,
+    gated_residual,
+    gated_residual_adaln,
+)
+from pixart_kernels.attention.reference import attention, cross_attention, self_attention
+from pixart_kernels.kv_compression.reference import compress_kv
+
+__all__ = [
+    "adaln_modulate",
+    "adaln_single",
+    "attention",
+    "compress_kv",
+    "cross_attention",
+    "gated_residual",
+    "gated_residual_adaln",
+    "self_attention",
+]

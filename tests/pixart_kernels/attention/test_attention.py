@@ -1,0 +1,114 @@
+"""Attention ops: the reference against the textbook formula, and what wrong input gets."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+from torch.autograd import gradcheck
+
+import pixart_kernels as pk
+
+
+def textbook(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    scores = torch.einsum("bqhd,bkhd->bhqk", q, k) / q.shape[-1] ** 0.5
+    return torch.einsum("bhqk,bkhd->bqhd", scores.softmax(-1), v)
+
+
+def leaf(*shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
+    return torch.randn(*shape, dtype=dtype, requires_grad=True)
+
+
+# awkward lengths; 72 is PixArt's head dimension
+@pytest.mark.parametrize(("B", "N", "H", "d"), [(1, 1, 1, 8), (2, 63, 3, 72), (3, 65, 2, 24)])
+def test_self_attention_is_the_formula(B: int, N: int, H: int, d: int) -> None:
+    qkv = leaf(B, N, 3 * H * d)
+    q, k, v = qkv.view(B, N, 3, H, d).unbind(2)
+    weight = torch.randn(B, N, H * d, dtype=torch.float64)
+    expected = textbook(q, k, v).reshape(B, N, H * d)
+    (expected_grad,) = torch.autograd.grad((expected * weight).sum(), qkv)
+    out = pk.self_attention(qkv, H)
+    (grad,) = torch.autograd.grad((out * weight).sum(), qkv)
+    torch.testing.assert_close(out, expected)
+    torch.testing.assert_close(grad, expected_grad)
+
+
+def test_self_attention_reads_strided_input() -> None:
+    wide = torch.randn(2, 7, 2 * 3 * 16)
+    assert torch.equal(pk.self_attention(wide[..., :48], 2), pk.self_attention(wide[..., :48].clone(), 2))
+
+
+def test_attention_with_fewer_keys() -> None:
+    q, k, v = leaf(2, 9, 2, 8), leaf(2, 4, 2, 8), leaf(2, 4, 2, 8)
+    torch.testing.assert_close(pk.attention(q, k, v), textbook(q, k, v))
+    assert gradcheck(pk.attention, (q, k, v))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_cross_attention_attends_real_tokens_alone(dtype: torch.dtype) -> None:
+    q, kv = torch.randn(3, 5, 2, 8, dtype=dtype), torch.randn(3, 6, 2, 2, 8, dtype=dtype)
+    lengths = torch.tensor([6, 1, 3], dtype=torch.int32)
+    out = pk.cross_attention(q, kv, lengths)
+    for b, length in enumerate(lengths.tolist()):
+        k, v = kv[b : b + 1, :length].double().unbind(2)
+        expected = textbook(q[b : b + 1].double(), k, v)
+        tolerance = 8 * torch.finfo(dtype).eps
+        torch.testing.assert_close(out[b : b + 1].double(), expected, rtol=tolerance, atol=tolerance)
+    assert out.dtype == dtype
+
+
+def test_cross_attention_never_reads_padding() -> None:
+    q, kv = leaf(3, 4, 2, 8), torch.randn(3, 5, 2, 2, 8, dtype=torch.float64)
+    lengths = torch.tensor([2, 0, 5], dtype=torch.int32)
+    expected = pk.cross_attention(q, kv, lengths)
+    poisoned = kv.clone()
+    poisoned[0, 2:] = poisoned[1] = float("nan")
+    poisoned.requires_grad_()
+    out = pk.cross_attention(q, poisoned, lengths)
+    assert torch.equal(out, expected)
+    out.square().sum().backward()
+    assert poisoned.grad[0, :2].any() and not poisoned.grad[0, 2:].any()
+    # a row without text: 0, and zero gradients
+    assert not out[1].any() and not poisoned.grad[1].any() and not q.grad[1].any()
+    assert q.grad.isfinite().all() and poisoned.grad.isfinite().all()
+
+
+def test_cross_attention_gradients_and_no_text_at_all() -> None:
+    q, kv = leaf(2, 3, 2, 4), leaf(2, 4, 2, 2, 4)
+    lengths = torch.tensor([3, 0], dtype=torch.int32)
+    assert gradcheck(lambda q, kv: pk.cross_attention(q, kv, lengths), (q, kv))
+    empty = leaf(2, 0, 2, 2, 4)
+    out = pk.cross_attention(q, empty, torch.zeros(2, dtype=torch.int32))
+    out.sum().backward()
+    assert not out.any() and not q.grad.any()
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "said"),
+    [
+        (lambda: pk.self_attention(torch.zeros(2, 3, 10), 2), ValueError, "`qkv` is .2, 3, 10."),
+        (lambda: pk.self_attention(torch.zeros(2, 3, 12).long(), 2), TypeError, "floating"),
+        (
+            lambda: pk.attention(torch.zeros(2, 3, 2, 8), *[torch.zeros(2, 3, 1, 8)] * 2),
+            ValueError,
+            "`k` is .2, 3, 1, 8.; accepted: .2, Nk, 2, 8.",
+        ),
+        (
+            lambda: pk.cross_attention(
+                torch.zeros(1, 3, 2, 8), torch.zeros(1, 4, 2, 2, 8), torch.tensor([4])
+            ),
+            TypeError,
+            "`kv_lengths` is torch.int64; accepted: int32",
+        ),
+        (
+            lambda: pk.cross_attention(
+                torch.zeros(1, 3, 2, 8), torch.zeros(1, 4, 2, 16), torch.tensor([4]).int()
+            ),
+            ValueError,
+            "`kv` is",
+        ),
+    ],
+)
+def test_wrong_argument_is_named(call, error: type, said: str) -> None:
+    with pytest.raises(error, match=said):
+        call()
