@@ -1,0 +1,462 @@
+"""PixArt: a diffusion transformer that draws what a caption says.
+
+PixArt-alpha (arXiv 2310.00426) and PixArt-Sigma (arXiv 2403.04692). The parameters carry the
+names of the official checkpoints.
+
+Shape suffixes: B batch, C channels, N image tokens, L text tokens, D hidden size, H heads,
+K head dimension, R modulation rows.
+"""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+import pixart_kernels as pk
+from pixart.config import PixArtConfig
+
+# rows of a block's scale_shift_table
+SHIFT_ATTN, SCALE_ATTN, GATE_ATTN, SHIFT_MLP, SCALE_MLP, GATE_MLP = range(6)
+# rows of the final layer's
+SHIFT_OUT, SCALE_OUT = range(2)
+
+# learned table (R, D) and the timestep's share (B, R, D) or (B, R*D); their sum modulates
+Modulation = tuple[Tensor, Tensor]
+
+
+class Mlp(nn.Module):
+    def __init__(self, in_features: int, hidden: int, out_features: int) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(in_features, hidden)
+        self.fc2 = nn.Linear(hidden, out_features)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
+
+
+class ScalarEmbedder(nn.Module):
+    """Sinusoids of a number, then an MLP: timesteps, image sides, aspect ratios."""
+
+    def __init__(self, width: int, frequencies: int = 256) -> None:
+        super().__init__()
+        self.frequencies = frequencies
+        self.mlp = nn.Sequential(nn.Linear(frequencies, width), nn.SiLU(), nn.Linear(width, width))
+
+    def forward(self, values: Tensor) -> Tensor:
+        """(B,) any real dtype -> (B, width) in the parameters' dtype."""
+        half = self.frequencies // 2
+        exponents = torch.arange(half, dtype=torch.float32, device=values.device) / half
+        # fp32 throughout: bf16 steps by 4 above 512 and would confuse timesteps
+        angles = values.float()[:, None] * torch.exp(-math.log(10_000) * exponents)
+        sinusoids = torch.cat([angles.cos(), angles.sin()], dim=-1)
+        return self.mlp(sinusoids.to(self.mlp[0].weight.dtype))
+
+
+class LabelEmbedder(nn.Module):
+    """Class labels, with one more for "no class" (DiT)."""
+
+    def __init__(self, num_classes: int, width: int, dropout: float) -> None:
+        super().__init__()
+        self.null_class, self.dropout = num_classes, dropout
+        self.embedding_table = nn.Embedding(num_classes + 1, width)
+
+    def forward(self, labels_B: Tensor) -> Tensor:
+        if self.training and self.dropout > 0:
+            dropped = torch.rand(labels_B.shape, device=labels_B.device) < self.dropout
+            labels_B = torch.where(dropped, self.null_class, labels_B)
+        return self.embedding_table(labels_B)
+
+
+class CaptionEmbedder(nn.Module):
+    """Projects text features to the model's width; replaces some by the null caption."""
+
+    y_embedding: Tensor
+
+    def __init__(self, caption_channels: int, width: int, max_tokens: int, dropout: float) -> None:
+        super().__init__()
+        self.dropout = dropout
+        self.y_proj = Mlp(caption_channels, width, width)
+        # the null caption is data, not a parameter: a buffer in the official code too
+        self.register_buffer("y_embedding", torch.empty(max_tokens, caption_channels))
+
+    def forward(self, caption_BLC: Tensor) -> Tensor:
+        if self.training and self.dropout > 0:
+            B, L, _ = caption_BLC.shape
+            if L > len(self.y_embedding):
+                raise ValueError(
+                    f"PixArt: `caption` has {L} tokens; caption dropout replaces it by a null "
+                    f"caption of {len(self.y_embedding)}: raise max_caption_tokens or cut it"
+                )
+            dropped = torch.rand(B, 1, 1, device=caption_BLC.device) < self.dropout
+            null = self.y_embedding[:L].to(caption_BLC.dtype)
+            caption_BLC = torch.where(dropped, null, caption_BLC)
+        return self.y_proj(caption_BLC)
+
+
+class SelfAttention(nn.Module):
+    def __init__(self, config: PixArtConfig, layer: int) -> None:
+        super().__init__()
+        D = config.hidden_size
+        self.num_heads = config.num_heads
+        self.ratio = config.compression_ratio(layer)
+        self.sampling = config.kv_compression["sampling"] if config.kv_compression else None
+        self.qkv = nn.Linear(D, 3 * D)
+        self.proj = nn.Linear(D, D)
+        if self.ratio > 1 and self.sampling == "conv":
+            self.sr = nn.Conv2d(D, D, self.ratio, stride=self.ratio, groups=D)
+            self.norm = nn.LayerNorm(D)
+        self.q_norm = nn.LayerNorm(D) if config.qk_norm else nn.Identity()
+        self.k_norm = nn.LayerNorm(D) if config.qk_norm else nn.Identity()
+
+    def forward(self, x_BND: Tensor, grid: tuple[int, int]) -> Tensor:
+        qkv = self.qkv(x_BND)
+        if self.ratio == 1 and isinstance(self.q_norm, nn.Identity):
+            return self.proj(pk.self_attention(qkv, self.num_heads))
+        B, N, D = x_BND.shape
+        q, k, v = qkv.view(B, N, 3, D).unbind(2)
+        # a LayerNorm under autocast returns fp32
+        q, k = self.q_norm(q).to(v.dtype), self.k_norm(k).to(v.dtype)
+        if self.ratio > 1:
+            kv = torch.stack([k, v], dim=2)
+            k, v = self.compress(kv, grid).unbind(2)
+        q, k, v = (tensor.unflatten(-1, (self.num_heads, -1)) for tensor in (q, k, v))
+        return self.proj(pk.attention(q, k, v).reshape(B, N, D))
+
+    def compress(self, kv: Tensor, grid: tuple[int, int]) -> Tensor:
+        """Fewer keys and values, (B, N, 2, D) -> (B, N', 2, D): PixArt-Sigma, section 3.3."""
+        r, (height, width) = self.ratio, grid
+        if self.sampling == "conv":
+            conv, norm = self.sr, self.norm
+            return pk.compress_kv(
+                kv, height, width, conv.weight, conv.bias, norm.weight, norm.bias, ratio=r
+            )
+        if self.sampling == "uniform_every":
+            return kv[:, : kv.shape[1] // r * r : r]
+        # "ave" takes the nearest token in the official code, which is what "uniform" does;
+        # an odd last row or column is dropped, as the convolution drops it
+        tokens = kv.unflatten(1, grid)
+        return tokens[:, : height // r * r : r, : width // r * r : r].flatten(1, 2)
+
+
+class CrossAttention(nn.Module):
+    def __init__(self, config: PixArtConfig) -> None:
+        super().__init__()
+        D = config.hidden_size
+        self.num_heads = config.num_heads
+        self.q_linear = nn.Linear(D, D)
+        self.kv_linear = nn.Linear(D, 2 * D)
+        self.proj = nn.Linear(D, D)
+        self.gate = nn.Parameter(torch.zeros(1)) if config.gated_cross_attention else None
+
+    def forward(self, x_BND: Tensor, text_BLD: Tensor, text_lengths_B: Tensor) -> Tensor:
+        q_BNHK = self.q_linear(x_BND).unflatten(-1, (self.num_heads, -1))
+        kv_BL2HK = self.kv_linear(text_BLD).unflatten(-1, (2, self.num_heads, -1))
+        out = self.proj(pk.cross_attention(q_BNHK, kv_BL2HK, text_lengths_B).flatten(2))
+        return out if self.gate is None else self.gate.tanh() * out
+
+
+class Block(nn.Module):
+    def __init__(self, config: PixArtConfig, layer: int) -> None:
+        super().__init__()
+        D = config.hidden_size
+        self.attn = SelfAttention(config, layer)
+        self.cross_attn = CrossAttention(config) if config.conditioning != "class" else None
+        self.mlp = Mlp(D, int(D * config.mlp_ratio), D)
+        if config.conditioning == "adaln_single":
+            self.scale_shift_table = nn.Parameter(torch.empty(6, D))
+        else:
+            self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(D, 6 * D))
+
+    def modulation(self, t: Tensor, t0: Tensor | None) -> Modulation:
+        if t0 is not None:
+            return self.scale_shift_table, t0
+        return _layer_as_modulation(self.adaLN_modulation, t)
+
+    def forward(
+        self,
+        x: Tensor,  # (B, N, D) residual stream
+        h: Tensor,  # (B, N, D) its normalised, modulated copy: the attention's input
+        grid: tuple[int, int],
+        text: Tensor | None,  # (B, L, D)
+        text_lengths: Tensor | None,  # (B,) int32
+        modulation: Modulation,  # 6 rows
+        next_modulation: Modulation,  # rows 0 and 1 modulate what follows this block
+    ) -> tuple[Tensor, Tensor]:
+        attn = self.attn(h, grid)
+        if self.cross_attn is None:
+            x, h = pk.gated_residual_adaln(
+                x, attn, gate=(*modulation, GATE_ATTN), modulation=(*modulation, SHIFT_MLP, SCALE_MLP)
+            )  # fmt: skip
+        else:
+            x = pk.gated_residual(x, attn, *modulation, gate_row=GATE_ATTN)
+            # neither normalised nor gated: x itself asks the text
+            cross = self.cross_attn(x, text, text_lengths)
+            x, h = pk.gated_residual_adaln(x, cross, modulation=(*modulation, SHIFT_MLP, SCALE_MLP))
+        # the last residual also prepares the input of the next block, or of the final layer
+        return pk.gated_residual_adaln(
+            x,
+            self.mlp(h),
+            gate=(*modulation, GATE_MLP),
+            modulation=(*next_modulation, SHIFT_ATTN, SCALE_ATTN),
+        )
+
+
+class FinalLayer(nn.Module):
+    def __init__(self, config: PixArtConfig) -> None:
+        super().__init__()
+        D = config.hidden_size
+        self.linear = nn.Linear(D, config.patch_size**2 * config.out_channels)
+        if config.conditioning == "adaln_single":
+            self.scale_shift_table = nn.Parameter(torch.empty(2, D))
+        else:
+            self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(D, 2 * D))
+
+    def modulation(self, t: Tensor, t0: Tensor | None) -> Modulation:
+        if t0 is not None:
+            # the timestep's embedding itself, twice, and not t0: so trained, so kept
+            return self.scale_shift_table, t[:, None].expand(-1, 2, -1)
+        return _layer_as_modulation(self.adaLN_modulation, t)
+
+
+def _layer_as_modulation(layer: nn.Sequential, t: Tensor) -> Modulation:
+    """A modulation layer of adaLN as adaLN-single sees it: its bias is the learned table."""
+    linear = layer[1]
+    return linear.bias.view(-1, t.shape[1]), F.linear(F.silu(t), linear.weight)
+
+
+class PixArt(nn.Module):
+    """The transformer of PixArt-alpha and PixArt-Sigma, their ablation, and DiT.
+
+    ``PixArt(config)`` has fresh weights; ``PixArt.from_pretrained(path)`` reads our folder, an
+    official ``.pth`` or ``.safetensors``, or a diffusers folder.
+    """
+
+    def __init__(self, config: PixArtConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.gradient_checkpointing = False
+        D, p = config.hidden_size, config.patch_size
+        self.x_embedder = nn.ModuleDict({"proj": nn.Conv2d(config.in_channels, D, p, stride=p)})
+        self.t_embedder = ScalarEmbedder(D)
+        if config.micro_conditioning:
+            self.csize_embedder = ScalarEmbedder(D // 3)
+            self.ar_embedder = ScalarEmbedder(D // 3)
+        if config.conditioning == "adaln_single":
+            self.t_block = nn.Sequential(nn.SiLU(), nn.Linear(D, 6 * D))
+        self.y_embedder: CaptionEmbedder | LabelEmbedder
+        if config.conditioning == "class":
+            self.y_embedder = LabelEmbedder(config.num_classes, D, config.caption_dropout)
+        else:
+            self.y_embedder = CaptionEmbedder(
+                config.caption_channels, D, config.max_caption_tokens, config.caption_dropout
+            )
+        self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.depth))
+        self.final_layer = FinalLayer(config)
+        self._positions: dict[tuple, Tensor] = {}
+        self.initialize()
+
+    def forward(
+        self,
+        latents: Tensor,
+        timestep: Tensor,
+        caption: Tensor,
+        caption_mask: Tensor | None = None,
+        image_size: Tensor | None = None,
+        aspect_ratio: Tensor | None = None,
+    ) -> Tensor:
+        """Predicts the noise in ``latents`` (and the variance, if learned).
+
+        Args:
+            latents: (B, C, height, width), sides multiples of patch_size, any aspect.
+            timestep: (B,), 0 to 999, integer or fractional.
+            caption: text features (B, L, caption_channels); for a "class" model labels (B,).
+            caption_mask: (B, L), non-zero where a token is real; None: all are. Any pattern.
+            image_size: (B, 2) height and width in pixels, with micro_conditioning.
+            aspect_ratio: (B,) or (B, 1) height / width, with micro_conditioning.
+
+        Returns:
+            (B, out_channels, height, width) in the parameters' dtype: noise, then variance.
+
+        Raises:
+            ValueError: naming the argument, what was got and what is accepted.
+        """
+        self._check(latents, timestep, caption, caption_mask, image_size, aspect_ratio)
+        dtype, p = self.x_embedder["proj"].weight.dtype, self.config.patch_size
+        grid = (latents.shape[2] // p, latents.shape[3] // p)
+
+        x = self.x_embedder["proj"](latents.to(dtype)).flatten(2).transpose(1, 2)
+        x = x + self.position_embedding(grid, x.device).to(dtype)
+        t = self.t_embedder(timestep)
+        if self.config.micro_conditioning:
+            t = t + self._size_embedding(image_size, aspect_ratio)
+        text = text_lengths = t0 = None
+        if self.config.conditioning == "class":
+            t = t + self.y_embedder(caption)
+        else:
+            text = self.y_embedder(caption.to(dtype))
+            text, text_lengths = _real_tokens_first(text, caption_mask)
+        if self.config.conditioning == "adaln_single":
+            t0 = self.t_block(t)
+
+        modulations = [layer.modulation(t, t0) for layer in (*self.blocks, self.final_layer)]
+        h = pk.adaln_single(x, *modulations[0], shift_row=SHIFT_ATTN, scale_row=SCALE_ATTN)
+        for layer, block in enumerate(self.blocks):
+            inputs = (x, h, grid, text, text_lengths, modulations[layer], modulations[layer + 1])
+            if self.gradient_checkpointing and torch.is_grad_enabled():
+                x, h = checkpoint(block, *inputs, use_reentrant=False)
+            else:
+                x, h = block(*inputs)
+        return self._unpatchify(self.final_layer.linear(h), grid)
+
+    def position_embedding(self, grid: tuple[int, int], device: torch.device) -> Tensor:
+        """2D sinusoids of a grid of tokens, (1, N, D) fp32, computed on ``device`` once per grid.
+
+        Each axis is stretched to the training grid's extent, then divided by pe_interpolation.
+        """
+        # a compiled graph computes it anew: a tensor kept across calls would be an output
+        if torch.compiler.is_compiling():
+            return self._compute_positions(grid, device)
+        key = (grid, device)
+        if key not in self._positions:
+            with torch.inference_mode(False), torch.no_grad():
+                self._positions[key] = self._compute_positions(grid, device)
+        return self._positions[key]
+
+    def _compute_positions(self, grid: tuple[int, int], device: torch.device) -> Tensor:
+        config = self.config
+        base = config.input_size // config.patch_size
+        quarter = config.hidden_size // 4
+        steps = torch.arange(quarter, dtype=torch.float64, device=device)
+        frequencies = 1 / 10_000 ** (steps / quarter)
+
+        def axis(length: int) -> Tensor:
+            coordinates = torch.arange(length, dtype=torch.float32, device=device)
+            # divided in fp32 and in this order, as the published models were
+            coordinates = coordinates / (length / base) / config.pe_interpolation
+            angles = coordinates.double()[:, None] * frequencies
+            return torch.cat([angles.sin(), angles.cos()], dim=1)
+
+        (rows, columns), half = grid, config.hidden_size // 2
+        by_column = axis(columns)[None, :, :].expand(rows, columns, half)
+        by_row = axis(rows)[:, None, :].expand(rows, columns, half)
+        # the first half of the channels encodes the column
+        return torch.cat([by_column, by_row], dim=-1).reshape(1, -1, 2 * half).float()
+
+    def _size_embedding(self, image_size: Tensor | None, aspect_ratio: Tensor | None) -> Tensor:
+        assert image_size is not None and aspect_ratio is not None  # checked by _check
+        height, width = (self.csize_embedder(image_size[:, i]) for i in (0, 1))
+        ratio = self.ar_embedder(aspect_ratio.reshape(-1))
+        return torch.cat([height, width, ratio], dim=1)
+
+    def _unpatchify(self, x_BND: Tensor, grid: tuple[int, int]) -> Tensor:
+        (rows, columns), p = grid, self.config.patch_size
+        x = x_BND.view(-1, rows, columns, p, p, self.config.out_channels)
+        return x.permute(0, 5, 1, 3, 2, 4).reshape(-1, x.shape[-1], rows * p, columns * p)
+
+    def _check(
+        self,
+        latents: Tensor,
+        timestep: Tensor,
+        caption: Tensor,
+        caption_mask: Tensor | None,
+        image_size: Tensor | None,
+        aspect_ratio: Tensor | None,
+    ) -> None:
+        config, B, p = self.config, latents.shape[0], self.config.patch_size
+
+        def require(ok: bool, name: str, got: object, accepted: str) -> None:
+            if not ok:
+                got = tuple(got.shape) if isinstance(got, Tensor) else got
+                raise ValueError(f"PixArt: `{name}` is {got}; accepted: {accepted}")
+
+        C = config.in_channels
+        accepted = f"(B, {C}, height, width), sides multiples of {p}"
+        ok = latents.dim() == 4 and latents.shape[1] == C
+        require(ok and not any(side % p for side in latents.shape[2:]), "latents", latents, accepted)
+        require(timestep.shape == (B,), "timestep", timestep, f"({B},)")
+        if config.conditioning == "class":
+            require(caption.shape == (B,), "caption", caption, f"class labels ({B},)")
+        else:
+            accepted = f"({B}, L, {config.caption_channels})"
+            ok = caption.dim() == 3 and caption.shape[::2] == (B, config.caption_channels)
+            require(ok, "caption", caption, accepted)
+            if caption_mask is not None:
+                accepted = f"{tuple(caption.shape[:2])}"
+                require(caption_mask.shape == caption.shape[:2], "caption_mask", caption_mask, accepted)
+        if config.micro_conditioning:
+            missing = "a tensor: this model has micro_conditioning"
+            for name, value, per_sample in (
+                ("image_size", image_size, 2),
+                ("aspect_ratio", aspect_ratio, 1),
+            ):
+                require(value is not None, name, value, missing)
+                assert value is not None
+                ok = value.shape[:1] == (B,) and value.numel() == B * per_sample
+                require(ok, name, value, f"({B}, {per_sample})")
+
+    def initialize(self) -> None:
+        """Fresh weights: PixArt-alpha's, so that text is ignored and the output is zero at first."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                nn.init.zeros_(module.bias)
+        patch = self.x_embedder["proj"].weight
+        nn.init.xavier_uniform_(patch.view(patch.shape[0], -1))
+        for embedder in ("t_embedder", "csize_embedder", "ar_embedder"):
+            if hasattr(self, embedder):
+                for layer in (0, 2):
+                    nn.init.normal_(getattr(self, embedder).mlp[layer].weight, std=0.02)
+        if isinstance(self.y_embedder, LabelEmbedder):
+            nn.init.normal_(self.y_embedder.embedding_table.weight, std=0.02)
+        else:
+            nn.init.normal_(self.y_embedder.y_proj.fc1.weight, std=0.02)
+            nn.init.normal_(self.y_embedder.y_proj.fc2.weight, std=0.02)
+            nn.init.normal_(self.y_embedder.y_embedding, std=self.config.caption_channels**-0.5)
+        if self.config.conditioning == "adaln_single":
+            nn.init.normal_(self.t_block[1].weight, std=0.02)
+        for block in self.blocks:
+            if block.cross_attn is not None and block.cross_attn.gate is None:
+                # with a gate, itself zero at first, a zero projection would never learn
+                nn.init.zeros_(block.cross_attn.proj.weight)
+            if hasattr(block.attn, "sr"):
+                # an average at first
+                nn.init.constant_(block.attn.sr.weight, 1 / block.attn.ratio**2)
+                nn.init.zeros_(block.attn.sr.bias)
+        for layer in (*self.blocks, self.final_layer):
+            if self.config.conditioning == "adaln_single":
+                nn.init.normal_(layer.scale_shift_table, std=self.config.hidden_size**-0.5)
+            else:
+                nn.init.zeros_(layer.adaLN_modulation[1].weight)
+        nn.init.zeros_(self.final_layer.linear.weight)
+
+    @classmethod
+    def from_pretrained(cls, path: str | Path, config: PixArtConfig | None = None) -> PixArt:
+        """Reads any of the formats PixArt is published in; see ``pixart.checkpoints.load``."""
+        from pixart import checkpoints
+
+        return checkpoints.load(path, config)
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Writes ``config.json`` and ``model.safetensors``, the latter complete or not at all."""
+        from pixart import checkpoints
+
+        checkpoints.save(self, folder)
+
+
+def _real_tokens_first(text_BLD: Tensor, mask_BL: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Text with its real tokens moved to the front, and how many there are, (B,) int32.
+
+    Attention does not care about the order of keys, so this attends any mask exactly, without
+    asking the host how many tokens are real.
+    """
+    B, L, _ = text_BLD.shape
+    if mask_BL is None:
+        return text_BLD, torch.full((B,), L, dtype=torch.int32, device=text_BLD.device)
+    real = mask_BL != 0
+    order = torch.argsort(real.to(torch.int8), dim=1, descending=True, stable=True)
+    return text_BLD.gather(1, order[..., None].expand_as(text_BLD)), real.sum(1, dtype=torch.int32)
