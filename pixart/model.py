@@ -39,6 +39,17 @@ class Mlp(nn.Module):
         return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
 
 
+class PatchEmbed(nn.Module):
+    """Latents to tokens in raster order, (B, C, height, width) -> (B, N, D)."""
+
+    def __init__(self, in_channels: int, width: int, patch_size: int) -> None:
+        super().__init__()
+        self.proj = nn.Conv2d(in_channels, width, patch_size, stride=patch_size)
+
+    def forward(self, latents: Tensor) -> Tensor:
+        return self.proj(latents).flatten(2).transpose(1, 2)
+
+
 class ScalarEmbedder(nn.Module):
     """Sinusoids of a number, then an MLP: timesteps, image sides, aspect ratios."""
 
@@ -187,16 +198,15 @@ class Block(nn.Module):
         modulation: Modulation,  # 6 rows
         next_modulation: Modulation,  # rows 0 and 1 modulate what follows this block
     ) -> tuple[Tensor, Tensor]:
-        attn = self.attn(h, grid)
+        attn, before_mlp = self.attn(h, grid), (*modulation, SHIFT_MLP, SCALE_MLP)
         if self.cross_attn is None:
-            x, h = pk.gated_residual_adaln(
-                x, attn, gate=(*modulation, GATE_ATTN), modulation=(*modulation, SHIFT_MLP, SCALE_MLP)
-            )  # fmt: skip
+            gate = (*modulation, GATE_ATTN)
+            x, h = pk.gated_residual_adaln(x, attn, gate=gate, modulation=before_mlp)
         else:
             x = pk.gated_residual(x, attn, *modulation, gate_row=GATE_ATTN)
             # neither normalised nor gated: x itself asks the text
             cross = self.cross_attn(x, text, text_lengths)
-            x, h = pk.gated_residual_adaln(x, cross, modulation=(*modulation, SHIFT_MLP, SCALE_MLP))
+            x, h = pk.gated_residual_adaln(x, cross, modulation=before_mlp)
         # the last residual also prepares the input of the next block, or of the final layer
         return pk.gated_residual_adaln(
             x,
@@ -240,8 +250,8 @@ class PixArt(nn.Module):
         super().__init__()
         self.config = config
         self.gradient_checkpointing = False
-        D, p = config.hidden_size, config.patch_size
-        self.x_embedder = nn.ModuleDict({"proj": nn.Conv2d(config.in_channels, D, p, stride=p)})
+        D = config.hidden_size
+        self.x_embedder = PatchEmbed(config.in_channels, D, config.patch_size)
         self.t_embedder = ScalarEmbedder(D)
         if config.micro_conditioning:
             self.csize_embedder = ScalarEmbedder(D // 3)
@@ -286,10 +296,10 @@ class PixArt(nn.Module):
             ValueError: naming the argument, what was got and what is accepted.
         """
         self._check(latents, timestep, caption, caption_mask, image_size, aspect_ratio)
-        dtype, p = self.x_embedder["proj"].weight.dtype, self.config.patch_size
+        dtype, p = self.x_embedder.proj.weight.dtype, self.config.patch_size
         grid = (latents.shape[2] // p, latents.shape[3] // p)
 
-        x = self.x_embedder["proj"](latents.to(dtype)).flatten(2).transpose(1, 2)
+        x = self.x_embedder(latents.to(dtype))
         x = x + self.position_embedding(grid, x.device).to(dtype)
         t = self.t_embedder(timestep)
         if self.config.micro_conditioning:
@@ -377,7 +387,9 @@ class PixArt(nn.Module):
         C = config.in_channels
         accepted = f"(B, {C}, height, width), sides multiples of {p}"
         ok = latents.dim() == 4 and latents.shape[1] == C
-        require(ok and not any(side % p for side in latents.shape[2:]), "latents", latents, accepted)
+        require(
+            ok and not any(side % p for side in latents.shape[2:]), "latents", latents, accepted
+        )
         require(timestep.shape == (B,), "timestep", timestep, f"({B},)")
         if config.conditioning == "class":
             require(caption.shape == (B,), "caption", caption, f"class labels ({B},)")
@@ -387,7 +399,9 @@ class PixArt(nn.Module):
             require(ok, "caption", caption, accepted)
             if caption_mask is not None:
                 accepted = f"{tuple(caption.shape[:2])}"
-                require(caption_mask.shape == caption.shape[:2], "caption_mask", caption_mask, accepted)
+                require(
+                    caption_mask.shape == caption.shape[:2], "caption_mask", caption_mask, accepted
+                )
         if config.micro_conditioning:
             missing = "a tensor: this model has micro_conditioning"
             for name, value, per_sample in (
@@ -400,38 +414,37 @@ class PixArt(nn.Module):
                 require(ok, name, value, f"({B}, {per_sample})")
 
     def initialize(self) -> None:
-        """Fresh weights: PixArt-alpha's, so that text is ignored and the output is zero at first."""
+        """Fresh weights as PixArt-alpha's: at first text is ignored and the output is zero."""
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
                 nn.init.zeros_(module.bias)
-        patch = self.x_embedder["proj"].weight
-        nn.init.xavier_uniform_(patch.view(patch.shape[0], -1))
-        for embedder in ("t_embedder", "csize_embedder", "ar_embedder"):
-            if hasattr(self, embedder):
-                for layer in (0, 2):
-                    nn.init.normal_(getattr(self, embedder).mlp[layer].weight, std=0.02)
-        if isinstance(self.y_embedder, LabelEmbedder):
-            nn.init.normal_(self.y_embedder.embedding_table.weight, std=0.02)
-        else:
-            nn.init.normal_(self.y_embedder.y_proj.fc1.weight, std=0.02)
-            nn.init.normal_(self.y_embedder.y_proj.fc2.weight, std=0.02)
-            nn.init.normal_(self.y_embedder.y_embedding, std=self.config.caption_channels**-0.5)
+        for module in self.modules():
+            if isinstance(module, PatchEmbed):
+                nn.init.xavier_uniform_(module.proj.weight.flatten(1))
+            elif isinstance(module, ScalarEmbedder):
+                nn.init.normal_(module.mlp[0].weight, std=0.02)
+                nn.init.normal_(module.mlp[2].weight, std=0.02)
+            elif isinstance(module, LabelEmbedder):
+                nn.init.normal_(module.embedding_table.weight, std=0.02)
+            elif isinstance(module, CaptionEmbedder):
+                nn.init.normal_(module.y_proj.fc1.weight, std=0.02)
+                nn.init.normal_(module.y_proj.fc2.weight, std=0.02)
+                nn.init.normal_(module.y_embedding, std=self.config.caption_channels**-0.5)
+            elif isinstance(module, SelfAttention) and hasattr(module, "sr"):
+                # an average at first
+                nn.init.constant_(module.sr.weight, 1 / module.ratio**2)
+                nn.init.zeros_(module.sr.bias)
+            elif isinstance(module, CrossAttention) and module.gate is None:
+                # with a gate, itself zero at first, a zero projection would never learn
+                nn.init.zeros_(module.proj.weight)
+            elif isinstance(module, (Block, FinalLayer)):
+                if self.config.conditioning == "adaln_single":
+                    nn.init.normal_(module.scale_shift_table, std=self.config.hidden_size**-0.5)
+                else:
+                    nn.init.zeros_(module.adaLN_modulation[1].weight)
         if self.config.conditioning == "adaln_single":
             nn.init.normal_(self.t_block[1].weight, std=0.02)
-        for block in self.blocks:
-            if block.cross_attn is not None and block.cross_attn.gate is None:
-                # with a gate, itself zero at first, a zero projection would never learn
-                nn.init.zeros_(block.cross_attn.proj.weight)
-            if hasattr(block.attn, "sr"):
-                # an average at first
-                nn.init.constant_(block.attn.sr.weight, 1 / block.attn.ratio**2)
-                nn.init.zeros_(block.attn.sr.bias)
-        for layer in (*self.blocks, self.final_layer):
-            if self.config.conditioning == "adaln_single":
-                nn.init.normal_(layer.scale_shift_table, std=self.config.hidden_size**-0.5)
-            else:
-                nn.init.zeros_(layer.adaLN_modulation[1].weight)
         nn.init.zeros_(self.final_layer.linear.weight)
 
     @classmethod

@@ -120,9 +120,7 @@ def chosen(op: str, x: Tensor, backend: str | None = None) -> str:
     reason = why_not(op, name, x)
     if reason is None:
         return name
-    others = "\n".join(
-        f"  {b}: {why_not(op, b, x) or 'can run'}" for b in PRIORITY if b != name
-    )
+    others = "\n".join(f"  {b}: {why_not(op, b, x) or 'can run'}" for b in PRIORITY if b != name)
     raise RuntimeError(
         f"backend {name!r} cannot run {op}: {reason}. The other backends here:\n{others}"
     )

@@ -22,7 +22,7 @@ def compress_kv(
     *,
     ratio: int,
 ) -> Tensor:
-    B, N, _, *rest = kv.shape
+    B, _, _, *rest = kv.shape
     D = weight.shape[0]
     dtype = compute_dtype(kv)
     # k and v pass through the same convolution and norm: the pair becomes part of the batch

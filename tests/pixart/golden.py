@@ -12,7 +12,9 @@ from torch import Tensor
 from pixart import PixArtConfig
 
 DATA = Path(__file__).parents[1] / "data"
-NAMES = sorted(path.stem for path in DATA.glob("*.safetensors") if path.stem[:5] in ("alpha", "sigma"))
+NAMES = sorted(
+    path.stem for path in DATA.glob("*.safetensors") if path.stem[:5] in ("alpha", "sigma")
+)
 
 
 @dataclass

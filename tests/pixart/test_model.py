@@ -71,7 +71,11 @@ def test_equals_official_code_forward_and_every_gradient(name: str) -> None:
     floor = 1e-6 * max(g.abs().max() for g in golden.gradients.values())
     for key, expected in golden.gradients.items():
         torch.testing.assert_close(
-            gradients[key], expected, rtol=0, atol=float(1e-5 * expected.abs().max() + floor), msg=key
+            gradients[key],
+            expected,
+            rtol=0,
+            atol=float(1e-5 * expected.abs().max() + floor),
+            msg=key,
         )
 
 

@@ -22,7 +22,10 @@ def toy(monkeypatch: pytest.MonkeyPatch):
     dispatch.register("toy", "reference", lambda x: "reference ran")
     dispatch.register("toy", "native", lambda x: "native ran")
     dispatch.register(
-        "toy", "triton", lambda x: "triton ran", lambda x: None if x.dtype.itemsize > 2 else "16-bit"
+        "toy",
+        "triton",
+        lambda x: "triton ran",
+        lambda x: None if x.dtype.itemsize > 2 else "16-bit",
     )
     return torch.zeros(1)
 
@@ -77,10 +80,14 @@ def test_use_backend_is_restored_after_an_error() -> None:
 def test_environment_sets_the_backend() -> None:
     code = "import pixart_kernels.dispatch as d; print(d._backend)"
     environment = {"PIXART_KERNELS_BACKEND": "reference", "PATH": "/usr/bin:/bin"}
-    out = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    out = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True
+    )
     assert out.stdout.strip() == "reference", out.stderr
     environment["PIXART_KERNELS_BACKEND"] = "fast"
-    out = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    out = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True
+    )
     assert "`backend` is 'fast'" in out.stderr
 
 

@@ -35,7 +35,9 @@ def test_self_attention_is_the_formula(B: int, N: int, H: int, d: int) -> None:
 
 def test_self_attention_reads_strided_input() -> None:
     wide = torch.randn(2, 7, 2 * 3 * 16)
-    assert torch.equal(pk.self_attention(wide[..., :48], 2), pk.self_attention(wide[..., :48].clone(), 2))
+    assert torch.equal(
+        pk.self_attention(wide[..., :48], 2), pk.self_attention(wide[..., :48].clone(), 2)
+    )
 
 
 def test_attention_with_fewer_keys() -> None:
@@ -53,7 +55,9 @@ def test_cross_attention_attends_real_tokens_alone(dtype: torch.dtype) -> None:
         k, v = kv[b : b + 1, :length].double().unbind(2)
         expected = textbook(q[b : b + 1].double(), k, v)
         tolerance = 8 * torch.finfo(dtype).eps
-        torch.testing.assert_close(out[b : b + 1].double(), expected, rtol=tolerance, atol=tolerance)
+        torch.testing.assert_close(
+            out[b : b + 1].double(), expected, rtol=tolerance, atol=tolerance
+        )
     assert out.dtype == dtype
 
 

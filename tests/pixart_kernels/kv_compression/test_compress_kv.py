@@ -43,7 +43,9 @@ def test_gradients() -> None:
 
 
 def test_reads_the_packed_projection_and_keeps_heads() -> None:
-    kv, height, width, *rest = (a.detach() if isinstance(a, Tensor) else a for a in arguments(2, 4, 4, 12, 2))
+    kv, height, width, *rest = (
+        a.detach() if isinstance(a, Tensor) else a for a in arguments(2, 4, 4, 12, 2)
+    )
     qkv = torch.cat([torch.randn(2, 16, 1, 12, dtype=torch.float64), kv], dim=2)
     out = pk.compress_kv(qkv[:, :, 1:], height, width, *rest, ratio=2)
     assert torch.equal(out, pk.compress_kv(kv, height, width, *rest, ratio=2))

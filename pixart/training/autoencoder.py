@@ -1,0 +1,147 @@
+"""What ``pixart train-vae`` trains: an AutoencoderKL, on pictures alone."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from diffusers import AutoencoderKL
+from PIL import Image
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+
+from pixart.data.sources import BadSample, ImageFolder
+from pixart.files import finish_folder, unfinished_folder
+from pixart.generation import contact_sheet
+from pixart.generation.pipeline import to_image
+from pixart.training.recipe import VAERecipe
+
+# enough pictures to know the latents' mean and spread to about a percent
+STATISTICS_SAMPLES = 1024
+MAX_BAD_FRACTION = 0.05
+PREVIEWS = 16
+
+
+class _Pictures(Dataset):
+    """The pictures of a folder; a bad one is its :class:`BadSample`, for the task to count."""
+
+    def __init__(self, source: ImageFolder) -> None:
+        self.source = source
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, index: int) -> Tensor | BadSample:
+        try:
+            return self.source[index].image
+        except BadSample as error:
+            return error
+
+
+class _Autoencoder(nn.Module):
+    """One forward pass for encoder and decoder, as distributed wrappers need."""
+
+    def __init__(self, vae: AutoencoderKL) -> None:
+        super().__init__()
+        self.vae = vae
+
+    def forward(self, images: Tensor, latent_noise: float) -> tuple[Tensor, Tensor]:
+        """Reconstructions, and the KL divergence to a unit Gaussian per latent element."""
+        posterior = self.vae.encode(images).latent_dist
+        latents = posterior.sample()
+        if latent_noise > 0:
+            spread = latents.detach().std()
+            latents = latents + latent_noise * spread * torch.randn_like(latents)
+        return self.vae.decode(latents).sample, posterior.kl().sum() / latents.numel()
+
+
+class Autoencoder:
+    """A :class:`pixart.training.trainer.Task`: reconstruction of pictures.
+
+    L1 on pixels and on their differences between neighbours, which keeps edges, plus a little KL
+    (Rombach et al. 2022, section 3.1, without its adversarial term).
+    """
+
+    def __init__(self, recipe: VAERecipe, device: torch.device) -> None:
+        self.recipe, self.device = recipe, device
+        self.dataset = _Pictures(ImageFolder(recipe.images, recipe.size))
+        if len(self.dataset) == 0:
+            raise ValueError(f"images: {recipe.images} holds no picture")
+        self.preview_every = recipe.samples_every
+        self._bad: dict[str, str] = {}
+        self.module = _Autoencoder(self._model()).to(device)
+
+    def _model(self) -> AutoencoderKL:
+        model = dict(self.recipe.model)
+        init = model.pop("init", None)
+        if init is not None:
+            return AutoencoderKL.from_pretrained(init)
+        levels = len(model.get("block_out_channels", (64,)))
+        model.setdefault("down_block_types", ["DownEncoderBlock2D"] * levels)
+        model.setdefault("up_block_types", ["UpDecoderBlock2D"] * levels)
+        try:
+            return AutoencoderKL(**model)
+        except TypeError as error:
+            raise ValueError(f"model: AutoencoderKL says: {error}") from error
+
+    def collate(self, samples: list[Tensor | BadSample]) -> dict[str, Any]:
+        images = [sample for sample in samples if isinstance(sample, Tensor)]
+        bad = [(s.key, s.reason) for s in samples if isinstance(s, BadSample)]
+        if not images:
+            raise RuntimeError(f"no picture of a batch could be read; the first: {bad[0]}")
+        return {"images": torch.stack(images), "bad": bad}
+
+    def loss(self, module: nn.Module, batch: dict[str, Any]) -> dict[str, Tensor]:
+        self._count(batch["bad"])
+        images = batch["images"]
+        reconstructed, kl = module(images, self.recipe.latent_noise)
+        reconstructed = reconstructed.float()
+        l1 = F.l1_loss(reconstructed, images)
+        edges = sum(F.l1_loss(reconstructed.diff(dim=d), images.diff(dim=d)) for d in (2, 3))
+        return {"loss": l1 + edges + self.recipe.kl_weight * kl, "l1": l1, "kl": kl}
+
+    def _count(self, bad: list[tuple[str, str]]) -> None:
+        new = {key: reason for key, reason in bad if key not in self._bad}
+        if not new:
+            return
+        self._bad |= new
+        report = self.recipe.output / "skipped.jsonl"
+        report.parent.mkdir(parents=True, exist_ok=True)
+        with report.open("a") as file:
+            for key, reason in new.items():
+                file.write(json.dumps({"key": key, "reason": reason}) + "\n")
+        if len(self._bad) > MAX_BAD_FRACTION * len(self.dataset):
+            raise RuntimeError(
+                f"{len(self._bad)} of {len(self.dataset)} pictures cannot be used, more than "
+                f"{MAX_BAD_FRACTION:.0%}; they are listed in {report}"
+            )
+
+    def preview(self, module: nn.Module) -> Image.Image:
+        assert isinstance(module, _Autoencoder)
+        images = self._images(PREVIEWS).to(self.device)
+        decoded = module.vae.decode(module.vae.encode(images).latent_dist.mean).sample
+        pairs = [picture for pair in zip(images, decoded, strict=True) for picture in pair]
+        names = ["original", "decoded"] * len(images)
+        return contact_sheet([to_image(picture) for picture in pairs], names, columns=8)
+
+    def export(self, module: nn.Module, folder: Path) -> None:
+        """``vae/``: a diffusers AutoencoderKL that knows its latents' mean and spread."""
+        assert isinstance(module, _Autoencoder)
+        vae, images = module.vae, self._images(STATISTICS_SAMPLES)
+        with torch.no_grad():
+            latents = torch.cat(
+                [vae.encode(part.to(self.device)).latent_dist.mean for part in images.split(32)]
+            )
+        mean, spread = latents.mean().item(), latents.std().item()
+        vae.register_to_config(shift_factor=mean, scaling_factor=1 / spread)
+        final = folder / "vae"
+        vae.save_pretrained(unfinished_folder(final))
+        finish_folder(final)
+
+    def _images(self, count: int) -> Tensor:
+        step = max(1, len(self.dataset) // count)
+        found = (self.dataset[i] for i in range(0, len(self.dataset), step))
+        return torch.stack([image for image in found if isinstance(image, Tensor)][:count])
