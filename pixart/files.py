@@ -8,24 +8,58 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Any
 
+from safetensors import SafetensorError
+
+# what has this ending was interrupted, and may be deleted
+PARTIAL = ".partial"
+
+
+def write_complete(*files: tuple[Path, Callable[[Path], object]]) -> None:
+    """Writes files that belong together; each function is given the path to write to.
+
+    All are written and synced under temporary names before any takes its own. The last file is
+    the one that counts: it comes last, and when another one changes, the old last one goes first,
+    so that at no instant do files of two different saves look like one.
+
+    Raises:
+        OSError: a file could not be written, with what to do; nothing is left behind.
+    """
+    partials = [path.with_name(f"{path.name}{PARTIAL}") for path, _ in files]
+    paths = [path for path, _ in files]
+    try:
+        for path, partial, (_, write) in zip(paths, partials, files, strict=True):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                write(partial)
+                sync(partial)
+            except (OSError, RuntimeError, SafetensorError) as error:
+                raise OSError(
+                    f"cannot write {path}: {error}. What was there before is untouched; free some "
+                    "space or choose another place, then run it again"
+                ) from error
+        companions = zip(paths[:-1], partials[:-1], strict=True)
+        if any(not _same(path, partial) for path, partial in companions):
+            paths[-1].unlink(missing_ok=True)
+        for path, partial in zip(paths, partials, strict=True):
+            os.replace(partial, path)
+    finally:
+        for partial in partials:
+            partial.unlink(missing_ok=True)
+    for folder in {path.parent for path in paths}:
+        sync(folder)
+
 
 def write_atomically(path: Path, write: Callable[[IO[bytes]], Any]) -> None:
-    """Calls ``write`` with a binary file; it becomes ``path`` once it is complete and on disk.
+    """Calls ``write`` with a binary file, which becomes ``path`` once it is complete and on disk.
 
-    Raises what ``write`` raises, and OSError; ``path`` is then as it was.
+    Raises OSError as :func:`write_complete`; ``path`` is then as it was.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.unfinished")
-    try:
+
+    def to_file(partial: Path) -> None:
         with partial.open("wb") as file:
             write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise
-    sync(path.parent)
+
+    write_complete((path, to_file))
 
 
 def unfinished_folder(final: Path) -> Path:
@@ -50,6 +84,10 @@ def finish_folder(final: Path) -> None:
     os.replace(partial, final)
     sync(final.parent)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def _same(path: Path, other: Path) -> bool:
+    return path.is_file() and path.read_bytes() == other.read_bytes()
 
 
 def remove_folder(folder: Path) -> None:
