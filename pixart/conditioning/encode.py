@@ -1,0 +1,212 @@
+"""Fills a feature cache from a source of captioned images."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections import deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from pixart.conditioning.cache import CacheMetadata, CacheWriter
+from pixart.conditioning.text import TextEncoder
+from pixart.conditioning.vae import VAE
+from pixart.data.sources import BadSample, ImageSample, ImageSource
+
+SKIPPED = "skipped.jsonl"
+# Decoded images kept back to fill batches of one size; bounds memory when every size differs.
+_MAX_WAITING_BATCHES = 8
+
+
+class TooManyBadSamplesError(RuntimeError):
+    """More samples of the source failed than the run accepts."""
+
+
+@dataclass(frozen=True)
+class EncodeReport:
+    """What one `encode_dataset` run did."""
+
+    encoded: int
+    already_present: int
+    skipped: int
+
+
+def encode_dataset(
+    source: ImageSource,
+    vae: VAE,
+    text_encoder: TextEncoder,
+    folder: str | Path,
+    *,
+    batch_size: int = 16,
+    samples_per_shard: int = 512,
+    device: str | torch.device | None = None,
+    dtype: torch.dtype = torch.float16,
+    progress: bool = True,
+    max_bad_fraction: float = 0.05,
+) -> EncodeReport:
+    """Encode every sample of `source` into the cache at `folder`, continuing where one was begun.
+
+    Images of one size share batches. Samples that fail are left out, listed in `skipped.jsonl`
+    and tried again by the next run.
+
+    Args:
+        source: e.g. an `ImageFolder`; read from several threads, in order.
+        batch_size: images, and captions, per forward pass.
+        samples_per_shard: what a kill can cost at most, and the size of one file.
+        device: where to move both encoders; None leaves them where they are.
+        dtype: of the stored caption features, float16 or bfloat16.
+        progress: show a progress bar.
+        max_bad_fraction: largest tolerated share of failed samples of the whole source.
+
+    Raises:
+        TooManyBadSamplesError: more failed; complete shards are kept.
+        ValueError: an argument is out of range, or the folder was begun with other encoders.
+        CorruptCacheError: a shard of the folder is damaged; says what to do.
+    """
+    if len(source) == 0:
+        raise ValueError("source is empty; pass a source with at least one sample")
+    if batch_size < 1:
+        raise ValueError(f"batch_size={batch_size}: at least 1 is accepted")
+    if not 0.0 <= max_bad_fraction <= 1.0:
+        raise ValueError(f"max_bad_fraction={max_bad_fraction}: 0 to 1 is accepted")
+    if device is not None:
+        vae.to(device)
+        text_encoder.to(device)
+    metadata = CacheMetadata(
+        text_encoder=text_encoder.identity,
+        vae=vae.identity,
+        dtype=str(dtype).removeprefix("torch."),
+        max_tokens=text_encoder.max_tokens,
+        caption_channels=text_encoder.channels,
+        latent_channels=vae.channels,
+    )
+    null_caption, null_mask = text_encoder.encode_null()
+    with ExitStack() as stack:
+        writer = stack.enter_context(
+            CacheWriter(
+                folder,
+                metadata,
+                null_caption,
+                int(null_mask.sum()),
+                samples_per_shard=samples_per_shard,
+            )
+        )
+        bar = stack.enter_context(
+            Progress(
+                TextColumn("{task.description}"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TextColumn("{task.fields[skipped]} skipped"),
+                TimeRemainingColumn(),
+                disable=not progress,
+            )
+        )
+        skipped_file = stack.enter_context((Path(folder) / SKIPPED).open("w", encoding="utf-8"))
+
+        todo = [i for i, key in enumerate(source.keys) if key not in writer.keys]
+        present = len(source) - len(todo)
+        task = bar.add_task("encoding", total=len(source), completed=present, skipped=0)
+        encoded = skipped = 0
+        seen: set[str] = set()
+        waiting: dict[tuple[int, int], list[ImageSample]] = {}  # by image size
+
+        def encode_group(size: tuple[int, int]) -> None:
+            nonlocal encoded
+            group = waiting.pop(size)
+            _encode_batch(group, vae, text_encoder, writer, dtype)
+            encoded += len(group)
+            bar.update(task, advance=len(group))
+
+        for loaded in _load_ahead(source, todo, window=2 * batch_size):
+            if not isinstance(loaded, BadSample):
+                loaded = _reject(loaded, seen, vae.factor) or loaded
+            if isinstance(loaded, BadSample):
+                skipped += 1
+                record = {"key": loaded.key, "reason": loaded.reason}
+                skipped_file.write(json.dumps(record) + "\n")
+                skipped_file.flush()
+                bar.update(task, advance=1, skipped=skipped)
+                if skipped > max_bad_fraction * len(source):
+                    raise TooManyBadSamplesError(
+                        f"{skipped} of {len(source)} samples failed, more than "
+                        f"max_bad_fraction={max_bad_fraction}; the last: {loaded}. See "
+                        f"{skipped_file.name}, repair or remove those samples, and rerun: complete "
+                        "shards are kept"
+                    )
+                continue
+            seen.add(loaded.key)
+            size = (loaded.image.shape[1], loaded.image.shape[2])
+            waiting.setdefault(size, []).append(loaded)
+            if len(waiting[size]) == batch_size:
+                encode_group(size)
+            elif sum(map(len, waiting.values())) >= _MAX_WAITING_BATCHES * batch_size:
+                encode_group(max(waiting, key=lambda size: len(waiting[size])))
+        for size in list(waiting):
+            encode_group(size)
+    return EncodeReport(encoded=encoded, already_present=present, skipped=skipped)
+
+
+def _reject(sample: ImageSample, seen: set[str], factor: int) -> BadSample | None:
+    height, width = sample.image.shape[1:]
+    if sample.key in seen:
+        return BadSample(sample.key, "the key appears twice in the source")
+    if height % factor or width % factor:
+        return BadSample(
+            sample.key, f"{width}x{height} is not divisible by the VAE's {factor}; set a size"
+        )
+    return None
+
+
+def _load_ahead(
+    source: ImageSource, indices: Sequence[int], window: int
+) -> Iterator[ImageSample | BadSample]:
+    """Samples in order, decoded in threads up to `window` ahead of the encoders."""
+
+    def load(index: int) -> ImageSample | BadSample:
+        try:
+            return ImageSample(*source[index])
+        except BadSample as bad:
+            return bad
+
+    threads = min(8, os.cpu_count() or 1)
+    ahead: deque[Future[ImageSample | BadSample]] = deque()
+    with ThreadPoolExecutor(threads) as pool:
+        try:
+            for index in indices:
+                ahead.append(pool.submit(load, index))
+                if len(ahead) >= window:
+                    yield ahead.popleft().result()
+            while ahead:
+                yield ahead.popleft().result()
+        finally:
+            for future in ahead:
+                future.cancel()
+
+
+def _encode_batch(
+    samples: Sequence[ImageSample],
+    vae: VAE,
+    text_encoder: TextEncoder,
+    writer: CacheWriter,
+    dtype: torch.dtype,
+) -> None:
+    means, stds = vae.moments(torch.stack([sample.image for sample in samples]))
+    features, mask = text_encoder.encode([sample.caption for sample in samples])
+    # one transfer per batch; a sum past the range of dtype shows up as inf and is refused in add
+    means, stds, features = means.cpu(), stds.cpu(), features.to(dtype).cpu()
+    lengths = mask.sum(1).tolist()
+    for i, sample in enumerate(samples):
+        writer.add(
+            key=sample.key,
+            text=sample.caption,
+            caption=features[i, : lengths[i]],
+            latent_mean=means[i],
+            latent_std=stds[i],
+            image_size=sample.size,
+        )

@@ -1,0 +1,205 @@
+"""Images with captions from a folder, checked and prepared one sample at a time.
+
+Pillow alone decodes and resizes. A sample that cannot be used raises `BadSample` with the reason;
+whoever drives the source decides how many of those are too many.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple, Protocol
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+
+IMAGE_SUFFIXES = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"})
+MAX_PIXELS = 100_000_000  # decoded RGB stays under 300 MB; larger files are mostly bombs or maps
+MIN_SIDE = 8  # one latent pixel of the usual 8x VAEs
+
+
+class BadSample(Exception):
+    """One sample of a source cannot be used; the source itself is fine."""
+
+    def __init__(self, key: str, reason: str) -> None:
+        super().__init__(key, reason)
+        self.key = key
+        self.reason = reason
+
+    def __str__(self) -> str:
+        return f"{self.key}: {self.reason}"
+
+
+class ImageSample(NamedTuple):
+    key: str  # unique within the source, stable across runs
+    image: torch.Tensor  # (3, H, W) float32 in [-1, 1]
+    caption: str
+    size: tuple[int, int]  # (height, width) in pixels of the upright original
+
+
+class ImageSource(Protocol):
+    """What the feature cache reads: indexable from several threads, keys known without decoding."""
+
+    @property
+    def keys(self) -> Sequence[str]: ...
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> ImageSample: ...
+
+
+class ImageFolder:
+    """A folder of images with captions.
+
+    With a `metadata.jsonl` (rows `{"file_name": ..., "text": ...}`, or `"caption"` in place of
+    `"text"`; the layout of Hugging Face's `imagefolder`) the rows are the samples. Without one,
+    every image below the folder is a sample, and `x.png` takes its caption from `x.txt`.
+
+    Args:
+        folder: where the images are; keys are paths relative to it, with forward slashes.
+        size: side in pixels of the square each image is cut to: the largest centred square is
+            resampled (Lanczos, antialiased), which equals covering and then cropping. None keeps
+            the image as it is.
+
+    Items are `ImageSample`s. `BadSample` is raised for a missing, unreadable or truncated image,
+    a missing, empty or undecodable caption, more than 100 megapixels, a side under 8 pixels, and
+    a path (or link) that leaves the folder.
+    """
+
+    def __init__(self, folder: str | Path, size: int | None = None) -> None:
+        if size is not None and (isinstance(size, bool) or not isinstance(size, int) or size < 1):
+            raise ValueError(
+                f"size={size!r}: a positive side length in pixels or None is accepted; "
+                "pass None to keep each image's own size"
+            )
+        self.folder = Path(folder)
+        if not self.folder.is_dir():
+            raise FileNotFoundError(
+                f"folder={str(folder)!r} is not a folder; pass the folder that holds the images"
+            )
+        self.size = size
+        self._root = self.folder.resolve()
+        metadata = self.folder / "metadata.jsonl"
+        # (key, caption) for rows of the metadata file, (key, None) where a sidecar has the caption
+        # and (key, BadSample) for a row that is no use at all
+        self._rows: list[tuple[str, str | BadSample | None]]
+        if metadata.is_file():
+            self._rows = _read_metadata(metadata)
+        else:
+            self._rows = [
+                (path.relative_to(self.folder).as_posix(), None)
+                for path in sorted(self.folder.rglob("*"))
+                if path.suffix.lower() in IMAGE_SUFFIXES
+            ]
+        self.keys = [key for key, _ in self._rows]
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, index: int) -> ImageSample:
+        key, caption = self._rows[index]
+        if isinstance(caption, BadSample):
+            # a fresh exception: one raised twice would drag the first traceback along
+            raise BadSample(caption.key, caption.reason)
+        path = (self.folder / key).resolve()
+        if not path.is_relative_to(self._root):
+            raise BadSample(key, f"the path leaves the folder (it leads to {path})")
+        if caption is None:
+            caption = _read_sidecar(key, self.folder / Path(key).with_suffix(".txt"), self._root)
+        caption = caption.strip()
+        if not caption:
+            raise BadSample(key, "the caption is empty")
+        image = _load_rgb(key, path)
+        height, width = image.height, image.width
+        if self.size is not None:
+            image = _cover_square(image, self.size)
+        pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)
+        return ImageSample(key, pixels.to(torch.float32) / 127.5 - 1.0, caption, (height, width))
+
+
+def _read_metadata(path: Path) -> list[tuple[str, str | BadSample | None]]:
+    rows: list[tuple[str, str | BadSample | None]] = []
+    with path.open(encoding="utf-8-sig") as lines:
+        for number, line in enumerate(lines, 1):
+            if not line.strip():
+                continue
+            where = f"{path.name}:{number}"
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError as error:
+                rows.append((where, BadSample(where, f"the row is not JSON ({error})")))
+                continue
+            name = row.get("file_name") if isinstance(row, dict) else None
+            if not isinstance(name, str) or not name:
+                rows.append((where, BadSample(where, 'the row has no "file_name"')))
+                continue
+            caption = row.get("text", row.get("caption"))
+            if isinstance(caption, str):
+                rows.append((name, caption))
+            else:
+                rows.append((name, BadSample(name, f'no "text" or "caption" string in {where}')))
+    return rows
+
+
+def _read_sidecar(key: str, path: Path, root: Path) -> str:
+    if not path.is_file():
+        raise BadSample(key, f"no caption: {path.name} does not exist")
+    if not path.resolve().is_relative_to(root):
+        raise BadSample(key, f"the caption file leaves the folder (it leads to {path.resolve()})")
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise BadSample(key, f"the caption in {path.name} is not UTF-8 ({error})") from error
+
+
+def _load_rgb(key: str, path: Path) -> Image.Image:
+    """Decode upright, without transparency: alpha is composited on white."""
+    if not path.is_file():
+        raise BadSample(key, "the image file does not exist")
+    try:
+        with Image.open(path) as opened:
+            # the header is enough for this, so a bomb is refused before its pixels are allocated
+            if opened.width * opened.height > MAX_PIXELS:
+                raise BadSample(
+                    key, f"{opened.width}x{opened.height} is over {MAX_PIXELS // 10**6} megapixels"
+                )
+            if min(opened.size) < MIN_SIDE:
+                raise BadSample(
+                    key, f"{opened.width}x{opened.height} has a side under {MIN_SIDE} pixels"
+                )
+            opened.load()
+            image = ImageOps.exif_transpose(opened)
+    except BadSample:
+        raise
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise BadSample(key, f"absurdly large image ({error})") from error
+    # Pillow's decoders answer damage with whatever they trip over: OSError, SyntaxError,
+    # struct.error, EOFError, ...
+    except Exception as error:
+        raise BadSample(key, f"unreadable image ({type(error).__name__}: {error})") from error
+
+    if image.mode.startswith("I;16"):
+        # convert("RGB") would clip everything above 255 to white
+        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    elif image.mode in {"I", "F"}:
+        raise BadSample(key, f"pixel mode {image.mode} has no defined range; store 8 or 16 bits")
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        white = Image.new("RGBA", image.size, "white")
+        image = Image.alpha_composite(white, image)
+    return image.convert("RGB")
+
+
+def _cover_square(image: Image.Image, size: int) -> Image.Image:
+    """The centred square of `image` at `size` x `size`.
+
+    Resampling the square alone, instead of covering first and cropping after, keeps an extreme
+    aspect ratio from allocating a strip of gigapixels.
+    """
+    side = min(image.size)
+    left, top = (image.width - side) / 2, (image.height - side) / 2
+    return image.resize(
+        (size, size), Image.Resampling.LANCZOS, box=(left, top, left + side, top + side)
+    )

@@ -1,0 +1,243 @@
+"""encode_dataset with a real text encoder and a tiny VAE: contents, grouping, bad samples."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from diffusers import AutoencoderKL
+from PIL import Image
+
+from pixart.conditioning import (
+    VAE,
+    FeatureCache,
+    TextEncoder,
+    TooManyBadSamplesError,
+    collate,
+    encode_dataset,
+)
+from pixart.data import BadSample, ImageFolder, ImageSample
+
+
+@pytest.fixture(scope="module")
+def vae():
+    torch.manual_seed(0)
+    return VAE(
+        AutoencoderKL(
+            block_out_channels=(8, 16),
+            down_block_types=("DownEncoderBlock2D",) * 2,
+            up_block_types=("UpDecoderBlock2D",) * 2,
+            layers_per_block=1,
+            norm_num_groups=4,
+            latent_channels=4,
+            scaling_factor=0.4,
+            shift_factor=0.1,
+        )
+    )
+
+
+@pytest.fixture(scope="module")
+def text_encoder():
+    return TextEncoder.from_pretrained("minilm", max_tokens=12)
+
+
+class RecordingVAE(VAE):
+    """Remembers the shape of each batch."""
+
+    def __init__(self, vae):
+        super().__init__(vae.model)
+        self.batches = []
+
+    def moments(self, images):
+        self.batches.append(tuple(images.shape))
+        return super().moments(images)
+
+
+class ListSource:
+    """Samples, or the exceptions to raise in their place."""
+
+    def __init__(self, items):
+        self.items = items
+        self.keys = [item.key for item in items]
+
+    def __len__(self):
+        return len(self.items)
+
+    def __getitem__(self, index):
+        if isinstance(self.items[index], Exception):
+            raise self.items[index]
+        return self.items[index]
+
+
+def good(number, height=8, width=8):
+    generator = torch.Generator().manual_seed(number)
+    image = torch.rand(3, height, width, generator=generator) * 2 - 1
+    return ImageSample(f"{number:03d}", image, f"image number {number}", (height * 2, width * 2))
+
+
+def bad(number):
+    return BadSample(f"{number:03d}", "unreadable image (made up)")
+
+
+def skipped_rows(folder):
+    return [json.loads(line) for line in (folder / "skipped.jsonl").read_text().splitlines()]
+
+
+def test_cache_holds_what_the_encoders_say(tmp_path, vae, text_encoder, capsys):
+    captions = ["a red gem", "a green tank seen from above", "a robot", "two birds", "x"]
+    (tmp_path / "images").mkdir()
+    for number, caption in enumerate(captions):
+        noise = np.random.default_rng(number).integers(0, 255, (20, 30, 3), np.uint8)
+        Image.fromarray(noise).save(tmp_path / "images" / f"{number}.png")
+        (tmp_path / "images" / f"{number}.txt").write_text(caption)
+    source = ImageFolder(tmp_path / "images", size=16)
+    report = encode_dataset(
+        source, vae, text_encoder, tmp_path / "cache", batch_size=2, device="cpu"
+    )
+    assert (report.encoded, report.already_present, report.skipped) == (5, 0, 0)
+    assert "encoding" in capsys.readouterr().out and skipped_rows(tmp_path / "cache") == []
+
+    cache = FeatureCache(tmp_path / "cache")
+    assert cache.keys() == list(source.keys)
+    assert cache.metadata.text_encoder == text_encoder.identity
+    assert cache.metadata.vae == vae.identity
+    assert (cache.metadata.max_tokens, cache.metadata.caption_channels) == (12, 384)
+    null, mask = text_encoder.encode_null()
+    assert torch.equal(cache.null_caption, null.half())
+    assert cache.null_length == int(mask.sum()) == 2
+    for i, sample in enumerate(source):
+        item = cache[i]
+        mean, std = vae.moments(sample.image[None])
+        features, _ = text_encoder.encode([sample.caption])
+        assert item["text"] == captions[i]
+        assert item["image_size"].tolist() == [20, 30]
+        assert item["caption"].shape == features[0].shape
+        torch.testing.assert_close(item["caption"].float(), features[0], rtol=2e-3, atol=2e-3)
+        torch.testing.assert_close(item["latent_mean"].float(), mean[0], rtol=2e-3, atol=2e-3)
+        torch.testing.assert_close(item["latent_std"].float(), std[0], rtol=2e-3, atol=2e-3)
+    assert collate([cache[i] for i in range(5)])["latent_mean"].shape == (5, 4, 8, 8)
+
+
+def test_second_run_encodes_nothing_and_new_samples_are_added(tmp_path, vae, text_encoder):
+    recording = RecordingVAE(vae)
+    arguments = (recording, text_encoder, tmp_path)
+    encode_dataset(ListSource([good(n) for n in range(4)]), *arguments, progress=False)
+    recording.batches.clear()
+    report = encode_dataset(ListSource([good(n) for n in range(4)]), *arguments, progress=False)
+    assert (report.encoded, report.already_present) == (0, 4)
+    assert recording.batches == []
+    report = encode_dataset(ListSource([good(n) for n in range(6)]), *arguments, progress=False)
+    assert (report.encoded, report.already_present) == (2, 4)
+    assert recording.batches == [(2, 3, 8, 8)]
+    assert FeatureCache(tmp_path).keys() == [f"{n:03d}" for n in range(6)]
+
+
+def test_images_of_one_size_share_batches(tmp_path, vae, text_encoder):
+    recording = RecordingVAE(vae)
+    items = [good(n, *((8, 8) if n % 2 else (4, 16))) for n in range(10)]
+    encode_dataset(
+        ListSource(items), recording, text_encoder, tmp_path, batch_size=4, progress=False
+    )
+    assert sorted(recording.batches) == sorted(
+        [(4, 3, 8, 8), (4, 3, 4, 16), (1, 3, 8, 8), (1, 3, 4, 16)]
+    )
+    cache = FeatureCache(tmp_path)
+    for i, shape in enumerate(cache.latent_shapes()):
+        assert shape == ((4, 4, 4) if int(cache[i]["key"]) % 2 else (4, 2, 8))
+
+
+def test_images_of_many_sizes_do_not_pile_up(tmp_path, vae, text_encoder):
+    recording = RecordingVAE(vae)
+    held = []
+
+    class Watched(ListSource):
+        def __getitem__(self, index):
+            held.append(index - sum(batch[0] for batch in recording.batches))
+            return super().__getitem__(index)
+
+    source = Watched([good(n, 4 + 2 * n, 4) for n in range(60)])
+    report = encode_dataset(source, recording, text_encoder, tmp_path, batch_size=2, progress=False)
+    assert report.encoded == 60
+    # eight batches waiting for company, and two read ahead
+    assert max(held) <= 8 * 2 + 2 * 2
+
+
+def test_bad_samples_are_skipped_listed_and_tried_again(tmp_path, vae, text_encoder):
+    items = [bad(n) if n in (3, 30) else good(n) for n in range(40)]
+    arguments = (vae, text_encoder, tmp_path)
+    report = encode_dataset(ListSource(items), *arguments, progress=False)
+    assert (report.encoded, report.skipped) == (38, 2)
+    assert skipped_rows(tmp_path) == [
+        {"key": "003", "reason": "unreadable image (made up)"},
+        {"key": "030", "reason": "unreadable image (made up)"},
+    ]
+    items[3] = good(3)
+    report = encode_dataset(ListSource(items), *arguments, progress=False)
+    assert (report.encoded, report.already_present, report.skipped) == (1, 38, 1)
+    assert [row["key"] for row in skipped_rows(tmp_path)] == ["030"]
+
+
+def test_too_many_bad_samples_stop_the_run(tmp_path, vae, text_encoder):
+    # 2 of 40 are the tolerated 5 %, the third is not
+    items = [bad(n) if n in (10, 20, 30) else good(n) for n in range(40)]
+    arguments = {"batch_size": 2, "samples_per_shard": 4, "progress": False}
+    with pytest.raises(TooManyBadSamplesError, match=r"3 of 40 samples.*0\.05.*030: unreadable"):
+        encode_dataset(ListSource(items), vae, text_encoder, tmp_path, **arguments)
+    assert len(skipped_rows(tmp_path)) == 3
+    kept = FeatureCache(tmp_path).keys()
+    assert len(kept) == 28 and set(kept) < {item.key for item in items[:30]}
+    report = encode_dataset(
+        ListSource(items), vae, text_encoder, tmp_path, max_bad_fraction=0.1, **arguments
+    )
+    assert (report.encoded, report.already_present, report.skipped) == (9, 28, 3)
+
+
+def test_samples_that_do_not_fit_are_bad(tmp_path, vae, text_encoder):
+    items = [good(0), good(1, 8, 9), good(0), good(2)]
+    report = encode_dataset(
+        ListSource(items), vae, text_encoder, tmp_path, max_bad_fraction=0.5, progress=False
+    )
+    assert (report.encoded, report.skipped) == (2, 2)
+    assert skipped_rows(tmp_path) == [
+        {"key": "001", "reason": "9x8 is not divisible by the VAE's 2; set a size"},
+        {"key": "000", "reason": "the key appears twice in the source"},
+    ]
+
+
+def test_other_errors_of_a_source_are_not_swallowed(tmp_path, vae, text_encoder):
+    class Broken(ListSource):
+        def __getitem__(self, index):
+            raise ZeroDivisionError("a bug")
+
+    with pytest.raises(ZeroDivisionError, match="a bug"):
+        encode_dataset(Broken([good(0)]), vae, text_encoder, tmp_path, progress=False)
+
+
+def test_another_encoder_is_refused(tmp_path, vae, text_encoder):
+    encode_dataset(ListSource([good(0)]), vae, text_encoder, tmp_path, progress=False)
+    shorter = TextEncoder(text_encoder.model, text_encoder.tokenizer, max_tokens=8)
+    with pytest.raises(ValueError, match="max_tokens=12 there, 8 in this run"):
+        encode_dataset(ListSource([good(0)]), vae, shorter, tmp_path, progress=False)
+    with pytest.raises(ValueError, match="dtype='float16' there, 'bfloat16' in this run"):
+        encode_dataset(
+            ListSource([good(0)]),
+            vae,
+            text_encoder,
+            tmp_path,
+            dtype=torch.bfloat16,
+            progress=False,
+        )
+
+
+@pytest.mark.parametrize(
+    "items, arguments, pattern",
+    [
+        ([], {}, "source is empty"),
+        ([good(0)], {"batch_size": 0}, "batch_size=0"),
+        ([good(0)], {"max_bad_fraction": 5}, "max_bad_fraction=5"),
+        ([good(0)], {"dtype": torch.float32}, "float16 or bfloat16"),
+    ],
+)
+def test_wrong_encoding_arguments(tmp_path, vae, text_encoder, items, arguments, pattern):
+    with pytest.raises(ValueError, match=pattern):
+        encode_dataset(ListSource(items), vae, text_encoder, tmp_path, progress=False, **arguments)
