@@ -23,6 +23,7 @@ from pixart.training.recipe import VAERecipe
 STATISTICS_SAMPLES = 1024
 MAX_BAD_FRACTION = 0.05
 PREVIEWS = 16
+INITIAL_LOG_VARIANCE = -6.0
 
 
 class _Pictures(Dataset):
@@ -48,13 +49,10 @@ class _Autoencoder(nn.Module):
         super().__init__()
         self.vae = vae
 
-    def forward(self, images: Tensor, latent_noise: float) -> tuple[Tensor, Tensor]:
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Reconstructions, and the KL divergence to a unit Gaussian per latent element."""
         posterior = self.vae.encode(images).latent_dist
         latents = posterior.sample()
-        if latent_noise > 0:
-            spread = latents.detach().std()
-            latents = latents + latent_noise * spread * torch.randn_like(latents)
         return self.vae.decode(latents).sample, posterior.kl().sum() / latents.numel()
 
 
@@ -72,7 +70,9 @@ class Autoencoder:
             raise ValueError(f"images: {recipe.images} holds no picture")
         self.preview_every = recipe.samples_every
         self._bad: dict[str, str] = {}
+        # convolutions are faster on channels that lie together, on CPUs and GPUs alike
         self.module = _Autoencoder(self._model()).to(device)
+        self.module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     def _model(self) -> AutoencoderKL:
         model = dict(self.recipe.model)
@@ -83,9 +83,16 @@ class Autoencoder:
         model.setdefault("down_block_types", ["DownEncoderBlock2D"] * levels)
         model.setdefault("up_block_types", ["UpDecoderBlock2D"] * levels)
         try:
-            return AutoencoderKL(**model)
+            vae = AutoencoderKL(**model)
         except TypeError as error:
             raise ValueError(f"model: AutoencoderKL says: {error}") from error
+        # the encoder starts almost sure of its latents: unit noise on them, the default, would
+        # have to be unlearned before the decoder sees anything
+        last = vae.quant_conv if vae.quant_conv is not None else vae.encoder.conv_out
+        channels = last.weight.shape[0] // 2
+        torch.nn.init.zeros_(last.weight[channels:])
+        torch.nn.init.constant_(last.bias[channels:], INITIAL_LOG_VARIANCE)
+        return vae
 
     def collate(self, samples: list[Tensor | BadSample]) -> dict[str, Any]:
         images = [sample for sample in samples if isinstance(sample, Tensor)]
@@ -96,8 +103,8 @@ class Autoencoder:
 
     def loss(self, module: nn.Module, batch: dict[str, Any]) -> dict[str, Tensor]:
         self._count(batch["bad"])
-        images = batch["images"]
-        reconstructed, kl = module(images, self.recipe.latent_noise)
+        images = batch["images"].contiguous(memory_format=torch.channels_last)
+        reconstructed, kl = module(images)
         reconstructed = reconstructed.float()
         l1 = F.l1_loss(reconstructed, images)
         edges = sum(F.l1_loss(reconstructed.diff(dim=d), images.diff(dim=d)) for d in (2, 3))

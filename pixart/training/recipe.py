@@ -143,11 +143,6 @@ class VAERecipe(Run):
     size: Positive
     model: dict[str, Any] = Field(description="fields of diffusers' AutoencoderKL; init: a path")
     kl_weight: float = Field(default=1e-6, ge=0)
-    latent_noise: float = Field(
-        default=0.0,
-        ge=0,
-        description="noise on the latents the decoder sees, in units of their spread",
-    )
     samples_every: Positive = 1000
 
 

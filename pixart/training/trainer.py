@@ -92,6 +92,8 @@ def train(recipe: Run, make_task: Callable[[torch.device], Task]) -> RunFolder:
     set_seed(recipe.seed)
     task = make_task(accelerator.device)
     set_seed(recipe.seed, device_specific=True)
+    # weights that were loaded, and not drawn, come in evaluation mode
+    task.module.train()
 
     optimizer = torch.optim.AdamW(
         [p for p in task.module.parameters() if p.requires_grad],

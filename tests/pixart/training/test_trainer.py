@@ -237,6 +237,21 @@ def test_features_must_fit_the_model(tmp_path: Path, features: Path) -> None:
         run(wrong)
 
 
+def test_starts_from_a_checkpoint_in_training_mode(tmp_path: Path, features: Path) -> None:
+    run(recipe(tmp_path / "first", features, steps=2, ema_decay=None))
+    start = tmp_path / "first" / "pipeline" / "transformer"
+    second = recipe(tmp_path / "second", features, steps=1, model={**MODEL, "init": str(start)})
+
+    class Checks(TextToImage):
+        def loss(self, module, batch):
+            assert module.training
+            for name, tensor in weights(tmp_path / "first").items():
+                assert torch.equal(self.module.state_dict()[name], tensor), name
+            return super().loss(module, batch)
+
+    train(second, lambda device: Checks(second, device))
+
+
 def test_fresh_model_takes_the_null_caption(tmp_path: Path, features: Path) -> None:
     from pixart.conditioning import FeatureCache
 
