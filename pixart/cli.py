@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import sys
 from functools import partial
@@ -200,10 +201,12 @@ def _device(name: str | None) -> Any:
 
 def main() -> None:
     """The command with the library's own errors as one message, without a traceback."""
-    from transformers.utils import logging
+    from transformers.utils.logging import disable_progress_bar
 
     # its bars for each loaded file would break ours
-    logging.disable_progress_bar()
+    disable_progress_bar()
+    logging.basicConfig(format="%(message)s")
+    logging.getLogger("pixart").setLevel(logging.INFO)
     try:
         app()
     except (ValueError, RuntimeError, OSError, ModuleNotFoundError) as error:

@@ -30,7 +30,13 @@ class Verification:
 
 
 # (op, backend, architecture) -> the run that proved it correct and worth choosing
-VERIFIED: dict[tuple[str, str, str], Verification] = {}
+_ADALN_CPU = Verification("69b38916c664-dirty", "cpu/adaln.jsonl")
+VERIFIED: dict[tuple[str, str, str], Verification] = {
+    ("adaln_modulate", "native", "cpu"): _ADALN_CPU,
+    ("adaln_single", "native", "cpu"): _ADALN_CPU,
+    ("gated_residual", "native", "cpu"): _ADALN_CPU,
+    ("gated_residual_adaln", "native", "cpu"): _ADALN_CPU,
+}
 
 
 @dataclass(frozen=True)

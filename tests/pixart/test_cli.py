@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -65,6 +66,28 @@ def test_converts_without_loss(tmp_path: Path) -> None:
     assert PixArtConfig.from_dict(config).depth == 2
     said = pixart("convert", tmp_path / "ours", tmp_path / "back", code=1)
     assert "exists already" in said
+
+
+def test_starts_from_a_dit_and_says_how(tmp_path: Path) -> None:
+    from pixart import checkpoints, presets
+
+    small = {"input_size": 4, "hidden_size": 12, "depth": 1, "num_heads": 1}
+    dit = PixArt(dataclasses.replace(presets["dit-256"], **small, num_classes=3))
+    checkpoints.save_official(dit, tmp_path / "dit.pth")
+    # the command starts published sizes alone, which this one is not
+    said = pixart(
+        "convert",
+        tmp_path / "dit.pth",
+        tmp_path / "out",
+        "--from-dit",
+        "--preset",
+        "alpha-256",
+        code=1,
+    )
+    assert "x_embedder.proj.weight" in said
+    assert "needs --preset" in pixart(
+        "convert", tmp_path / "dit.pth", tmp_path / "o", "--from-dit", code=1
+    )
 
 
 def test_doctor_lists_every_op() -> None:

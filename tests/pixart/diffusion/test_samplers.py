@@ -100,7 +100,7 @@ def test_a_wrong_schedule_would_show(name, steps, tolerance):
 @pytest.mark.parametrize("name", SAMPLERS)
 @pytest.mark.parametrize("steps", [1, 2, 61, 334])
 def test_any_number_of_steps(name, steps):
-    """Counts that do not divide T, and the smallest: diffusers' own DDIM at 334 has a mean of 0.53."""
+    """Counts that do not divide T, and the smallest: diffusers' DDIM at 334 has a mean of 0.53."""
     torch.manual_seed(0)
     model = GaussianModel(NoiseSchedule())
     got = run(name, steps, model=model, x=noise(side=16))
