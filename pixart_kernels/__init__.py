@@ -1,5 +1,8 @@
 """Fused kernels for the operations a PixArt transformer is made of, forward and backward."""
 
+# above the imports, because the extension is checked against it while they run
+__version__ = "0.1.0"
+
 from pixart_kernels import reference
 from pixart_kernels.adaln import (
     adaln_modulate,
@@ -10,8 +13,6 @@ from pixart_kernels.adaln import (
 from pixart_kernels.attention import attention, cross_attention, self_attention
 from pixart_kernels.dispatch import use_backend
 from pixart_kernels.kv_compression import compress_kv
-
-__version__ = "0.1.0"
 
 __all__ = [
     "adaln_modulate",

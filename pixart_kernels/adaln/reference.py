@@ -43,9 +43,7 @@ def adaln_single(
     return _modulate(x, shift, scale, eps).to(activation_dtype(x, t))
 
 
-def gated_residual(
-    x: Tensor, branch: Tensor, table: Tensor, t: Tensor, *, gate_row: int
-) -> Tensor:
+def gated_residual(x: Tensor, branch: Tensor, table: Tensor, t: Tensor, *, gate_row: int) -> Tensor:
     dtype = compute_dtype(x)
     gate = _row(table, t, gate_row, dtype)
     return (x.to(dtype) + gate * branch.to(dtype)).to(x.dtype)

@@ -1,0 +1,37 @@
+// The only list of op schemas. Every op is functional; kernels register themselves per device.
+#include <torch/csrc/stable/library.h>
+
+STABLE_TORCH_LIBRARY(pixart_kernels, m) {
+  // adaLN. stats is (2, B, N): mean, then 1 / standard deviation, fp32. dt has t's shape, with
+  // zeros in the rows that were not used; dtable is dt summed over the batch.
+  m.def(
+      "adaln_single_fwd(Tensor x, Tensor table, Tensor t, int shift_row, int scale_row, float eps)"
+      " -> (Tensor h, Tensor stats)");
+  m.def(
+      "adaln_single_bwd(Tensor dh, Tensor x, Tensor table, Tensor t, Tensor stats, int shift_row,"
+      " int scale_row) -> (Tensor dx, Tensor dtable, Tensor dt)");
+  m.def(
+      "adaln_modulate_fwd(Tensor x, Tensor shift, Tensor scale, float eps)"
+      " -> (Tensor h, Tensor stats)");
+  m.def(
+      "adaln_modulate_bwd(Tensor dh, Tensor x, Tensor shift, Tensor scale, Tensor stats)"
+      " -> (Tensor dx, Tensor dshift, Tensor dscale)");
+  m.def(
+      "gated_residual_fwd(Tensor x, Tensor branch, Tensor table, Tensor t, int gate_row)"
+      " -> Tensor x_new");
+  // dx is dx_new itself
+  m.def(
+      "gated_residual_bwd(Tensor dx_new, Tensor branch, Tensor table, Tensor t, int gate_row)"
+      " -> (Tensor dbranch, Tensor dtable, Tensor dt)");
+  // without gate_t the residual is plain and gate_row is not read
+  m.def(
+      "gated_residual_adaln_fwd(Tensor x, Tensor branch, Tensor? gate_table, Tensor? gate_t,"
+      " int gate_row, Tensor table, Tensor t, int shift_row, int scale_row, float eps)"
+      " -> (Tensor x_new, Tensor h, Tensor stats)");
+  // without a gate dgate_table and dgate_t are empty; so is dbranch where it would equal dx
+  m.def(
+      "gated_residual_adaln_bwd(Tensor? dx_new, Tensor dh, Tensor x_new, Tensor branch,"
+      " Tensor? gate_table, Tensor? gate_t, int gate_row, Tensor table, Tensor t, Tensor stats,"
+      " int shift_row, int scale_row) -> (Tensor dx, Tensor dbranch, Tensor dgate_table,"
+      " Tensor dgate_t, Tensor dtable, Tensor dt)");
+}

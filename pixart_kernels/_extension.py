@@ -1,0 +1,98 @@
+"""Loads the compiled kernels. What prevents it becomes one sentence, never an import error.
+
+``problem`` is that sentence, or None when the ops are registered; ``build_info`` is what
+``setup.py`` recorded about the build.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import re
+from pathlib import Path
+
+import torch
+
+from pixart_kernels import __version__
+
+_FOLDER = Path(__file__).parent
+_REBUILD = "rebuild it with `pip install --no-build-isolation --no-deps --force-reinstall .`"
+
+
+def _read_build_info() -> dict:
+    try:
+        info = json.loads((_FOLDER / "_build_info.json").read_text())
+    except (OSError, ValueError):
+        return {}
+    return info if isinstance(info, dict) else {}
+
+
+def _major_minor(version: str) -> tuple[int, ...]:
+    return tuple(int(number) for number in re.findall(r"\d+", version)[:2])
+
+
+def _mismatch(info: dict) -> str | None:
+    """How this process differs from what the extension was built for, or None."""
+    if info.get("package_version") != __version__:
+        return (
+            f"the compiled extension was built from version {info.get('package_version')} of "
+            f"pixart_kernels and this is version {__version__}; {_REBUILD}"
+        )
+    target = str(info.get("abi_target", ""))
+    if _major_minor(torch.__version__) < _major_minor(target):
+        return (
+            f"the compiled extension was built with torch {info.get('torch')} for torch {target} "
+            f"or newer and torch {torch.__version__} is running; upgrade torch"
+        )
+    if info.get("machine") != platform.machine():
+        return (
+            f"the compiled extension was built for {info.get('machine')} and this machine is "
+            f"{platform.machine()}; {_REBUILD}"
+        )
+    level, running = info.get("cpu_level"), torch.backends.cpu.get_cpu_capability()
+    if level == "AVX2" and running not in ("AVX2", "AVX512"):
+        return (
+            f"the compiled extension needs a CPU with {level} and torch reports {running} "
+            "instructions here; the reference backend runs instead"
+        )
+    return None
+
+
+def _load(info: dict) -> str | None:
+    library = next(iter(sorted(_FOLDER.glob("_C*.so"))), None)
+    if library is None:
+        if info.get("native"):
+            return f"the compiled extension is missing from {_FOLDER}; {_REBUILD}"
+        why = info.get("reason", "it was never built in this checkout")
+        return f"the compiled extension is not built: {why}"
+    if not info.get("native"):
+        return f"{library.name} has no _build_info.json beside it to check it against; {_REBUILD}"
+    mismatch = _mismatch(info)
+    if mismatch is not None:
+        return mismatch
+    try:
+        torch.ops.load_library(str(library))
+    except (OSError, RuntimeError) as error:
+        # torch wraps the loader's own words
+        why = str(error.__cause__ or error)
+        first_line = (why.splitlines() or [type(error).__name__])[0]
+        return (
+            f"{library.name}, built with torch {info.get('torch')}, does not load into torch "
+            f"{torch.__version__}: {first_line}; {_REBUILD}"
+        )
+    return None
+
+
+build_info: dict = _read_build_info()
+problem: str | None = _load(build_info)
+
+
+def status() -> str:
+    """One sentence on the compiled extension, for people."""
+    if problem is not None:
+        return problem
+    level = build_info.get("cpu_level")
+    return (
+        f"loaded; built with torch {build_info['torch']} for torch {build_info['abi_target']} or "
+        f"newer, {build_info['machine']}{f' with {level}' if level else ''}"
+    )

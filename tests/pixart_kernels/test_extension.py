@@ -1,0 +1,170 @@
+"""What a mismatched, corrupt or missing extension says: one sentence; the package still works."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import pixart_kernels
+from pixart_kernels import _extension
+
+PACKAGE = Path(pixart_kernels.__file__).parent
+LIBRARIES = sorted(PACKAGE.glob("_C*.so"))
+built = pytest.mark.skipif(
+    _extension.problem is not None, reason=f"no compiled kernels: {_extension.problem}"
+)
+
+
+@pytest.fixture
+def copied(tmp_path):
+    """The package in a folder of its own, with its extension linked in."""
+    target = tmp_path / "pixart_kernels"
+    shutil.copytree(PACKAGE, target, ignore=shutil.ignore_patterns("_C*.so", "__pycache__"))
+    for library in LIBRARIES:
+        (target / library.name).symlink_to(library)
+    return target
+
+
+def edit_build_info(package: Path, **changes: object) -> None:
+    path = package / "_build_info.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+SCRIPT = """
+import torch, pixart_kernels as pk
+from pixart_kernels import _extension
+assert _extension.__file__.startswith({folder!r}), _extension.__file__
+x, table, t = torch.randn(1, 3, 8), torch.randn(6, 8), torch.randn(1, 48)
+h = pk.adaln_single(x, table, t, shift_row=0, scale_row=1)
+assert torch.isfinite(h).all()
+print(_extension.status())
+try:
+    pk.adaln_single(x, table, t, shift_row=0, scale_row=1, backend="native")
+except RuntimeError as error:
+    assert _extension.problem in str(error)
+else:
+    assert _extension.problem is None
+"""
+
+
+def status_of(package: Path, **environment: str) -> str:
+    done = subprocess.run(
+        [sys.executable, "-c", SCRIPT.format(folder=str(package.parent))],
+        capture_output=True,
+        text=True,
+        cwd=package.parent,
+        env={"PATH": "/usr/bin:/bin", "PYTHONPATH": str(package.parent), **environment},
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("\n") == 1
+    return done.stdout.strip()
+
+
+def mentions(sentence: str, *words: str) -> None:
+    for word in words:
+        assert word in sentence, sentence
+
+
+@built
+def test_loads(copied):
+    mentions(status_of(copied), "loaded", _extension.build_info["torch"], "2.11")
+
+
+@built
+def test_another_package_version(copied):
+    edit_build_info(copied, package_version="0.0.7")
+    found = status_of(copied)
+    mentions(found, "version 0.0.7", f"version {pixart_kernels.__version__}", "rebuild")
+
+
+@built
+def test_torch_older_than_the_abi_target(copied):
+    edit_build_info(copied, abi_target="9.9", torch="9.9.1")
+    mentions(status_of(copied), "torch 9.9.1", "9.9 or newer", torch.__version__, "upgrade")
+
+
+@built
+def test_another_machine(copied):
+    edit_build_info(copied, machine="vax")
+    mentions(status_of(copied), "built for vax", "rebuild")
+
+
+@built
+@pytest.mark.skipif(_extension.build_info.get("cpu_level") != "AVX2", reason="not an x86 build")
+def test_a_cpu_without_the_instructions(copied):
+    """torch is told to see a plain CPU, as it would on an older one."""
+    found = status_of(copied, ATEN_CPU_CAPABILITY="default")
+    mentions(found, "needs a CPU with AVX2", "DEFAULT")
+
+
+@built
+def test_a_corrupt_library(copied):
+    library = next(copied.glob("_C*.so"))
+    library.unlink()
+    library.write_bytes(b"not a shared object")
+    mentions(status_of(copied), library.name, "does not load", torch.__version__, "rebuild")
+
+
+@built
+def test_an_undefined_symbol(copied, tmp_path):
+    compiler = shutil.which("c++") or shutil.which("g++")
+    if compiler is None:
+        pytest.skip("no C++ compiler")
+    source, library = tmp_path / "broken.c", next(copied.glob("_C*.so"))
+    source.write_text("void no_such_symbol(void); void f(void) { no_such_symbol(); }")
+    library.unlink()
+    subprocess.run([compiler, "-shared", "-fPIC", str(source), "-o", str(library)], check=True)
+    mentions(status_of(copied), "does not load", "no_such_symbol")
+
+
+@built
+def test_a_missing_library(copied):
+    next(copied.glob("_C*.so")).unlink()
+    mentions(status_of(copied), "missing", "rebuild")
+
+
+@built
+@pytest.mark.parametrize("content", [None, "", "[]", "{"])
+def test_a_missing_or_broken_description(copied, content):
+    path = copied / "_build_info.json"
+    path.unlink()
+    if content is not None:
+        path.write_text(content)
+    mentions(status_of(copied), "no _build_info.json", "rebuild")
+
+
+def test_a_pure_python_install_says_why(copied):
+    for library in copied.glob("_C*.so"):
+        library.unlink()
+    info = {"package_version": "0", "native": False, "reason": "no C++ compiler was found"}
+    (copied / "_build_info.json").write_text(json.dumps(info))
+    assert status_of(copied) == "the compiled extension is not built: no C++ compiler was found"
+
+
+@built
+def test_the_library_has_no_python_symbols():
+    """So that one build serves every Python."""
+    nm = shutil.which("nm")
+    if nm is None:
+        pytest.skip("no nm")
+    for library in LIBRARIES:
+        symbols = subprocess.run([nm, "-D", str(library)], capture_output=True, text=True).stdout
+        assert "aoti_torch" in symbols
+        assert " Py" not in symbols and " _Py" not in symbols
+
+
+@built
+def test_only_the_stable_abi_is_used():
+    nm = shutil.which("nm")
+    if nm is None:
+        pytest.skip("no nm")
+    for library in LIBRARIES:
+        symbols = subprocess.run([nm, "-DCu", str(library)], capture_output=True, text=True).stdout
+        unstable = [line for line in symbols.splitlines() if "at::" in line or "c10::" in line]
+        assert not unstable
