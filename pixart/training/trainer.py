@@ -150,7 +150,12 @@ def train(recipe: Run, make_task: Callable[[torch.device], Task]) -> RunFolder:
             at_end = step == recipe.steps
             at_checkpoint = at_end or step % recipe.checkpoint_every == 0
             if at_checkpoint or step % recipe.log_every == 0:
-                progress.update(bar, note=loop.log(step, lr))
+                note = loop.log(step, lr)
+                progress.update(bar, note=note)
+                # a bar that nobody watches is drawn once, at the end: a log file gets lines
+                watched = progress.console.is_terminal or not accelerator.is_main_process
+                if at_checkpoint and not watched:
+                    progress.console.print(f"  step {step} of {recipe.steps}: {note}")
             if at_checkpoint:
                 loop.checkpoint(step)
             if task.preview_every and (at_end or step % task.preview_every == 0):
