@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
 import pytest
 import torch
+from golden import NAMES, Golden, load_golden
 
 import pixart_kernels as pk
 from pixart import PixArt
-
-sys.path.insert(0, str(Path(__file__).parent / "pixart"))
-from golden import NAMES, Golden, load_golden
 
 pytestmark = [
     pytest.mark.gpu,
