@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-BEGIN, END = "<!-- benchmarks: begin -->", "<!-- benchmarks: end -->"
+RESULTS = "benchmarks/results/cpu"
 RIVALS = ("eager", "torch.compile")
 
 
@@ -52,11 +52,45 @@ def _ratios(rows: list[dict], rival: str) -> str:
     return low if low == high else f"{low}–{high}"
 
 
+def quickstart(file: Path) -> str:
+    """What the quickstart reached and how long it took, over the seeds that were run."""
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
+
+    def span(values: list[float], unit: str, digits: int = 0) -> str:
+        low, high = (f"{value:.{digits}f}" for value in (min(values), max(values)))
+        return f"{low}{unit}" if low == high else f"{low}–{high}{unit}"
+
+    def percent(key: str) -> str:
+        return span([100 * row[key] for row in rows], " %", 1)
+
+    def seconds(stage: str) -> str:
+        return span([row["seconds"][stage] for row in rows], " s")
+
+    one = rows[0]
+    total = span([sum(row["seconds"].values()) for row in rows], " s")
+    foreign = max(row["foreign_cores"] for row in rows)
+    return (
+        f"{len(rows)} runs from nothing with different seeds: the nearest training picture carries "
+        f"the prompt's caption for **{percent('retrieval')}** of {one['pictures']} pictures of "
+        f"{one['captions']} captions. With prompts shuffled among the pictures: "
+        f"{percent('control')}; chance: {percent('chance')}. {total} in all on {one['threads']} "
+        f"threads of an {one['device']} (autoencoder {seconds('autoencoder')}, transformer "
+        f"{seconds('transformer')}, drawing {seconds('drawing')}), other work keeping at most "
+        f"{foreign:.2f} cores busy. Commit {one['commit']}, torch {one['torch']}, "
+        f"[{file.relative_to(ROOT)}]({file.relative_to(ROOT)})."
+    )
+
+
+BLOCKS = {"adaln": table, "quickstart": quickstart}
+
+
 def updated_readme(readme: str) -> str:
-    before, _, rest = readme.partition(BEGIN)
-    _, _, after = rest.partition(END)
-    tables = [table(file) for file in sorted((ROOT / "benchmarks/results").glob("*/adaln.jsonl"))]
-    return before + BEGIN + "\n" + "\n\n".join(tables) + "\n" + END + after
+    for name, text in BLOCKS.items():
+        begin, end = f"<!-- {name}: begin -->", f"<!-- {name}: end -->"
+        before, _, rest = readme.partition(begin)
+        _, _, after = rest.partition(end)
+        readme = f"{before}{begin}\n{text(ROOT / RESULTS / f'{name}.jsonl')}\n{end}{after}"
+    return readme
 
 
 if __name__ == "__main__":

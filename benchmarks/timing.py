@@ -48,7 +48,7 @@ class Measurement:
         return asdict(self)
 
 
-def _busy_seconds() -> float:
+def busy_seconds() -> float:
     """CPU seconds that all processes of this machine have used since it started."""
     with open("/proc/stat") as stat:
         user, nice, system, _, _, irq, softirq, steal = map(int, stat.readline().split()[1:9])
@@ -59,14 +59,14 @@ def _round(
     calls: dict[str, Callable[[], object]], clock: Callable[[], float]
 ) -> tuple[dict[str, list[float]], float]:
     times: dict[str, list[float]] = {name: [] for name in calls}
-    busy, own, start = _busy_seconds(), time.process_time(), time.perf_counter()
+    busy, own, start = busy_seconds(), time.process_time(), time.perf_counter()
     while time.perf_counter() - start < ROUND_SECONDS:
         for name, call in calls.items():
             before = clock()
             call()
             times[name].append(1e3 * (clock() - before))
     wall = time.perf_counter() - start
-    foreign = (_busy_seconds() - busy - (time.process_time() - own)) / wall
+    foreign = (busy_seconds() - busy - (time.process_time() - own)) / wall
     return times, foreign
 
 

@@ -34,6 +34,7 @@ Device = Annotated[str | None, typer.Option(help="cuda, cpu, ...; default: cuda 
 @app.command()
 def quickstart(
     output: Annotated[Path, typer.Option(help="folder of the run")] = Path("runs/quickstart"),
+    seed: Annotated[int, typer.Option(help="of both trainings")] = 0,
     vae_steps: Annotated[int | None, typer.Option(help="default: the recipe's")] = None,
     steps: Annotated[int | None, typer.Option(help="default: the recipe's")] = None,
 ) -> None:
@@ -43,7 +44,7 @@ def quickstart(
     """
     from pixart.quickstart import quickstart as run
 
-    run(output, vae_steps=vae_steps, steps=steps)
+    run(output, seed=seed, vae_steps=vae_steps, steps=steps)
 
 
 @app.command()

@@ -32,12 +32,13 @@ DRAWS = 2
 
 
 def quickstart(
-    folder: Path, *, vae_steps: int | None = None, steps: int | None = None
+    folder: Path, *, seed: int = 0, vae_steps: int | None = None, steps: int | None = None
 ) -> Retrieval:
     """Runs everything into ``folder``, continuing where an earlier call was interrupted.
 
     Writes ``samples.png`` (pictures over their prompts), ``loss.png`` and ``report.json``.
-    ``vae_steps`` and ``steps`` shorten the two trainings; None takes the recipes'.
+    ``seed`` is that of both trainings. ``vae_steps`` and ``steps`` shorten them; None takes the
+    recipes'.
     """
     console, began = Console(), time.perf_counter()
     seconds: dict[str, float] = {}
@@ -52,7 +53,7 @@ def quickstart(
     console.print(f"[bold]1/4[/bold] {count} captioned pictures in {images}")
     done("images")
 
-    paths = [f"output={folder / 'vae'}", f"images={images}"]
+    paths = [f"output={folder / 'vae'}", f"images={images}", f"seed={seed}"]
     changes = paths if vae_steps is None else [*paths, f"steps={vae_steps}"]
     vae_recipe = load_recipe(VAERecipe, "quickstart-vae", changes)
     console.print(f"[bold]2/4[/bold] training the autoencoder: {vae_recipe.steps} steps")
@@ -61,6 +62,7 @@ def quickstart(
 
     paths = [
         f"output={folder / 'model'}",
+        f"seed={seed}",
         f"data.features={folder / 'features'}",
         f"data.images={images}",
         f"data.vae={folder / 'vae' / 'vae'}",

@@ -10,7 +10,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 MARGIN = 8
 FONT_SIZE = 12
-LINES = 2
+LINES = 3
 
 
 def contact_sheet(
@@ -22,7 +22,7 @@ def contact_sheet(
 ) -> Image.Image:
     """A grid of pictures, each scaled to ``side`` pixels across, with its text below.
 
-    ``columns``: None makes the grid about as wide as it is high. Text beyond two lines is cut.
+    ``columns``: None makes the grid about as wide as it is high. Text beyond three lines is cut.
     """
     columns = columns or math.ceil(math.sqrt(len(images)))
     font = ImageFont.load_default(FONT_SIZE)
