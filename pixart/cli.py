@@ -100,7 +100,9 @@ def generate(
     sampler: Annotated[str, typer.Option(help="dpm-solver++, ddim, euler, iddpm, ...")] = (
         "dpm-solver++"
     ),
-    guidance_scale: Annotated[float, typer.Option(help="1: no guidance")] = 4.5,
+    guidance_scale: Annotated[
+        float | None, typer.Option(help="1: no guidance; default: what suits the model")
+    ] = None,
     guidance_mask: Annotated[
         str, typer.Option(help="official, or diffusers: how the empty prompt is attended")
     ] = "official",
@@ -126,7 +128,7 @@ def generate(
         "width": width,
         "steps": steps,
         "sampler": sampler,
-        "guidance_scale": guidance_scale,
+        "guidance_scale": pipeline.guidance_scale if guidance_scale is None else guidance_scale,
         "guidance_mask": guidance_mask,
     }
     with Progress() as progress:

@@ -20,10 +20,8 @@ from torch.utils.checkpoint import checkpoint
 import pixart_kernels as pk
 from pixart.config import PixArtConfig
 
-# rows of a block's scale_shift_table
+# rows of a block's scale_shift_table; the final layer's table has the first two alone
 SHIFT_ATTN, SCALE_ATTN, GATE_ATTN, SHIFT_MLP, SCALE_MLP, GATE_MLP = range(6)
-# rows of the final layer's
-SHIFT_OUT, SCALE_OUT = range(2)
 
 # learned table (R, D) and the timestep's share (B, R, D) or (B, R*D); their sum modulates
 Modulation = tuple[Tensor, Tensor]
@@ -191,13 +189,15 @@ class Block(nn.Module):
     def forward(
         self,
         x: Tensor,  # (B, N, D) residual stream
-        h: Tensor,  # (B, N, D) its normalised, modulated copy: the attention's input
+        h: Tensor | None,  # (B, N, D) its normalised, modulated copy; None: made here
         grid: tuple[int, int],
         text: Tensor | None,  # (B, L, D)
         text_lengths: Tensor | None,  # (B,) int32
         modulation: Modulation,  # 6 rows
         next_modulation: Modulation,  # rows 0 and 1 modulate what follows this block
     ) -> tuple[Tensor, Tensor]:
+        if h is None:
+            h = _modulated(x, modulation)
         attn, before_mlp = self.attn(h, grid), (*modulation, SHIFT_MLP, SCALE_MLP)
         if self.cross_attn is None:
             gate = (*modulation, GATE_ATTN)
@@ -231,6 +231,10 @@ class FinalLayer(nn.Module):
             # the timestep's embedding itself, twice, and not t0: so trained, so kept
             return self.scale_shift_table, t[:, None].expand(-1, 2, -1)
         return _layer_as_modulation(self.adaLN_modulation, t)
+
+
+def _modulated(x: Tensor, modulation: Modulation) -> Tensor:
+    return pk.adaln_single(x, *modulation, shift_row=SHIFT_ATTN, scale_row=SCALE_ATTN)
 
 
 def _layer_as_modulation(layer: nn.Sequential, t: Tensor) -> Modulation:
@@ -314,13 +318,15 @@ class PixArt(nn.Module):
             t0 = self.t_block(t)
 
         modulations = [layer.modulation(t, t0) for layer in (*self.blocks, self.final_layer)]
-        h = pk.adaln_single(x, *modulations[0], shift_row=SHIFT_ATTN, scale_row=SCALE_ATTN)
+        h = None
         for layer, block in enumerate(self.blocks):
             inputs = (x, h, grid, text, text_lengths, modulations[layer], modulations[layer + 1])
             if self.gradient_checkpointing and torch.is_grad_enabled():
-                x, h = checkpoint(block, *inputs, use_reentrant=False)
+                # x alone is kept for the backward: the next block makes h from it again
+                x, h = checkpoint(block, *inputs, use_reentrant=False)[0], None
             else:
                 x, h = block(*inputs)
+        h = _modulated(x, modulations[-1]) if h is None else h
         return self._unpatchify(self.final_layer.linear(h), grid)
 
     def position_embedding(self, grid: tuple[int, int], device: torch.device) -> Tensor:

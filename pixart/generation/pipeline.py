@@ -16,6 +16,8 @@ from pixart.diffusion import sample
 from pixart.model import CaptionEmbedder, PixArt
 
 PIPELINE = "pipeline.json"
+# what the papers draw with
+GUIDANCE_SCALE = 4.5
 
 
 @dataclass(frozen=True)
@@ -50,10 +52,18 @@ class PixArtPipeline:
         model: any PixArt with captions; put into eval mode.
         vae: decodes its latents.
         text_encoder: None where only encoded :class:`Prompts` are drawn.
+        guidance_scale: what suits the model, where a call does not say.
     """
 
-    def __init__(self, model: PixArt, vae: VAE, text_encoder: TextEncoder | None) -> None:
+    def __init__(
+        self,
+        model: PixArt,
+        vae: VAE,
+        text_encoder: TextEncoder | None,
+        guidance_scale: float = GUIDANCE_SCALE,
+    ) -> None:
         self.model, self.vae, self.text_encoder = model.eval(), vae, text_encoder
+        self.guidance_scale = guidance_scale
 
     @classmethod
     def from_pretrained(
@@ -93,6 +103,7 @@ class PixArtPipeline:
                 dtype=None if encoder == "minilm" else dtype,
                 device=device,
             ),
+            guidance_scale=parts.get("guidance_scale", GUIDANCE_SCALE),
         )
 
     def encode(self, prompts: Sequence[str], negative_prompt: str = "") -> Prompts:
@@ -116,7 +127,7 @@ class PixArtPipeline:
         seed: int = 0,
         steps: int = 20,
         sampler: str = "dpm-solver++",
-        guidance_scale: float = 4.5,
+        guidance_scale: float | None = None,
         guidance_mask: str = "official",
         batch_size: int = 8,
         callback: Callable[[int, int], None] | None = None,
@@ -127,7 +138,8 @@ class PixArtPipeline:
             prompts: texts, or what :meth:`encode` made of them.
             height, width: pixels; None: the size that the model was trained at.
             seed: picture ``i`` starts from the noise of ``seed + i``, whatever the batch size.
-            steps, sampler, guidance_scale: see ``pixart.diffusion.sample``.
+            steps, sampler: see ``pixart.diffusion.sample``.
+            guidance_scale: 1 is no guidance; None: the pipeline's.
             guidance_mask: "official" steers away from the null caption that the model was trained
                 with, attended at the prompt's length; "diffusers" from the text encoder's "", at
                 its own. A negative prompt, which the official code does not have, is always
@@ -146,7 +158,7 @@ class PixArtPipeline:
             seed=seed,
             steps=steps,
             sampler=sampler,
-            guidance_scale=guidance_scale,
+            guidance_scale=self.guidance_scale if guidance_scale is None else guidance_scale,
             guidance_mask=guidance_mask,
             batch_size=batch_size,
             callback=callback,

@@ -150,7 +150,11 @@ class TextToImage:
         module.save_pretrained(partial / "transformer")
         data = self.recipe.data
         if data.vae is not None and data.text_encoder is not None:
-            parts = {"vae": _absolute(data.vae), "text_encoder": _absolute(data.text_encoder)}
+            parts = {
+                "vae": _absolute(data.vae),
+                "text_encoder": _absolute(data.text_encoder),
+                "guidance_scale": self.recipe.samples.guidance_scale,
+            }
             (partial / PIPELINE).write_text(json.dumps(parts, indent=2))
         finish_folder(final)
 

@@ -143,8 +143,37 @@ def test_every_parameter_learns_and_checkpointing_changes_nothing(config: PixArt
     assert not dead
     model.gradient_checkpointing = True
     recomputed = loss_gradients(model, arguments, weight)
+    # a key's bias has no true gradient, only rounding
+    floor = 1e-6 * max(float(gradient.abs().max()) for gradient in plain.values())
     for name, gradient in plain.items():
-        assert torch.equal(recomputed[name], gradient), name
+        # the same sums, in another order where h is made apart from the residual
+        atol = 1e-5 * float(gradient.abs().max()) + floor
+        torch.testing.assert_close(recomputed[name], gradient, rtol=0, atol=atol, msg=name)
+
+
+def test_checkpointing_keeps_one_tensor_for_each_block() -> None:
+    def saved_bytes(checkpointing: bool) -> int:
+        model, total = randomized(SMALL), 0
+        model.gradient_checkpointing = checkpointing
+        parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
+        seen: dict[int, int] = {}
+
+        def pack(tensor: torch.Tensor) -> torch.Tensor:
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() not in parameters:
+                seen[storage.data_ptr()] = storage.nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            output = model(**inputs(SMALL))
+            total = sum(seen.values())
+        del output
+        return total
+
+    residual = 2 * 16 * 72 * 4
+    assert saved_bytes(True) < 0.25 * saved_bytes(False)
+    # besides the residual stream of 3 blocks and the head's input: text, modulation, timestep
+    assert saved_bytes(True) < 16 * residual
 
 
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)

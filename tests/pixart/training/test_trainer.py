@@ -115,6 +115,19 @@ def test_resumed_run_is_the_uninterrupted_one_bit_for_bit(
         assert torch.equal(tensor, weights(tmp_path / "parts")[name]), name
 
 
+def test_curves_reach_tensorboard(tmp_path: Path, features: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    rows = run(recipe(tmp_path / "run", features, steps=4))
+    events = EventAccumulator(str(tmp_path / "run" / "tensorboard"))
+    events.Reload()
+    found = [(event.step, event.value) for event in events.Scalars("loss")]
+    assert found == [(row["step"], pytest.approx(row["loss"])) for row in rows]
+    assert {"lr", "gradient_norm", "images_per_second", "mse", "vb"} <= set(
+        events.Tags()["scalars"]
+    )
+
+
 def test_different_seeds_differ(tmp_path: Path, features: Path) -> None:
     a, b = (run(recipe(tmp_path / str(s), features, seed=s, steps=2)) for s in (0, 1))
     assert a[0]["loss"] != b[0]["loss"]

@@ -1,0 +1,130 @@
+"""What `pixart train` does before and after its loop: encoding, previews, export."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from diffusers import AutoencoderKL
+from PIL import Image
+
+from pixart.conditioning import FeatureCache
+from pixart.generation import PixArtPipeline
+from pixart.training import TrainRecipe, train
+from pixart.training.recipe import check_recipe
+from pixart.training.text_to_image import TextToImage
+
+CAPTIONS = ["a red square", "a blue square", "a picture of a dark green square"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("parts")
+    images = folder / "images"
+    images.mkdir()
+    for i, caption in enumerate(CAPTIONS):
+        picture = np.full((20, 30, 3), 80 * i, dtype=np.uint8)
+        Image.fromarray(picture).save(images / f"{i}.png")
+        (images / f"{i}.txt").write_text(caption)
+    torch.manual_seed(0)
+    AutoencoderKL(
+        block_out_channels=(8, 8), norm_num_groups=4, latent_channels=4,
+        down_block_types=["DownEncoderBlock2D"] * 2, up_block_types=["UpDecoderBlock2D"] * 2,
+    ).save_pretrained(folder / "vae")  # fmt: skip
+    return folder
+
+
+def recipe(folder: Path, name: str, **changes: object) -> TrainRecipe:
+    values = {
+        "output": str(folder / name),
+        "steps": 2,
+        "batch_size": 2,
+        "model": {
+            "input_size": 8,
+            "hidden_size": 24,
+            "depth": 1,
+            "num_heads": 2,
+            "caption_channels": 384,
+            "max_caption_tokens": 12,
+            "micro_conditioning": True,
+        },
+        "data": {
+            "images": str(folder / "images"),
+            "features": str(folder / "features"),
+            "size": 16,
+            "vae": str(folder / "vae"),
+            "text_encoder": "minilm",
+        },
+        "samples": {"prompts": CAPTIONS[:2], "every": 1, "steps": 2, "guidance_scale": 3.5},
+        **changes,
+    }
+    return check_recipe(TrainRecipe, values, "test")
+
+
+def test_from_images_to_a_pipeline(folder: Path) -> None:
+    made = recipe(folder, "run")
+    train(made, lambda device: TextToImage(made, device))
+    cache = FeatureCache(folder / "features")
+    assert sorted(cache[i]["text"] for i in range(3)) == sorted(CAPTIONS)
+    assert [p.name for p in sorted((folder / "run" / "samples").iterdir())] == [
+        "step-0000001.png",
+        "step-0000002.png",
+    ]
+    pipeline = PixArtPipeline.from_pretrained(folder / "run" / "pipeline")
+    assert pipeline.model.config == made.config
+    assert pipeline.guidance_scale == made.samples.guidance_scale == 3.5
+    (picture,) = pipeline(["a red square"], steps=2)
+    assert picture.size == (16, 16)
+    # the features are there now: no image is looked at again
+    before = {p.name: p.stat().st_mtime_ns for p in (folder / "features").iterdir()}
+    again = recipe(folder, "again")
+    TextToImage(again, torch.device("cpu"))
+    assert {p.name: p.stat().st_mtime_ns for p in (folder / "features").iterdir()} == before
+
+
+def test_micro_conditions_are_the_originals_size_and_the_crops_ratio(folder: Path) -> None:
+    task = TextToImage(recipe(folder, "micro"), torch.device("cpu"))
+    seen: dict[str, torch.Tensor] = {}
+
+    class Spy(torch.nn.Module):
+        def forward(self, latents, t, caption, mask, image_size, aspect_ratio):
+            seen.update(image_size=image_size, aspect_ratio=aspect_ratio, caption=caption)
+            return torch.cat([latents, latents], dim=1)
+
+    task.loss(Spy(), task.collate([task.dataset[0], task.dataset[1]]))
+    assert seen["image_size"].tolist() == [[20, 30]] * 2
+    assert seen["aspect_ratio"].tolist() == [[1.0]] * 2
+    assert seen["caption"].dtype == torch.float32
+
+
+def test_what_is_missing_is_said_before_anything_is_loaded(folder: Path) -> None:
+    data = {"images": str(folder / "images"), "features": str(folder / "none")}
+    with pytest.raises(ValueError, match=r"data\.vae and data\.text_encoder are needed"):
+        TextToImage(recipe(folder, "x", data=data), torch.device("cpu"))
+    data = {"features": str(folder / "features")}
+    with pytest.raises(ValueError, match=r"samples\.prompts are given: data\.vae"):
+        TextToImage(recipe(folder, "x", data=data), torch.device("cpu"))
+    model = {**recipe(folder, "x").model, "conditioning": "class", "micro_conditioning": False}
+    with pytest.raises(ValueError, match="a class model has no captions"):
+        TextToImage(recipe(folder, "x", model=model), torch.device("cpu"))
+
+
+def test_export_without_encoders_is_a_transformer_alone(folder: Path) -> None:
+    data = {"features": str(folder / "features")}
+    made = recipe(folder, "bare", data=data, samples={})
+    train(made, lambda device: TextToImage(made, device))
+    names = sorted(p.name for p in (folder / "bare" / "pipeline").iterdir())
+    assert names == ["transformer"]
+
+
+def test_pipeline_file_names_its_parts(folder: Path) -> None:
+    made = recipe(folder, "named")
+    TextToImage(made, torch.device("cpu")).export(
+        TextToImage(made, torch.device("cpu")).module, folder / "named"
+    )
+    parts = json.loads((folder / "named" / "pipeline" / "pipeline.json").read_text())
+    assert parts["text_encoder"] == "minilm"
+    assert Path(parts["vae"]) == (folder / "vae").resolve()
