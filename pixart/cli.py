@@ -144,7 +144,7 @@ def generate(
         info = PngInfo()
         info.add_itxt("pixart", json.dumps({**recipe, **settings, "model": str(model)}))
         words = "".join(c if c.isalnum() else "-" for c in prompt.lower())[:60].strip("-")
-        path = output / f"{words}-{seed + i}.png"
+        path = output / f"{words or 'picture'}-{seed + i}.png"
         write_atomically(path, partial(image.save, format="PNG", pnginfo=info))
         print(path)
 

@@ -14,6 +14,7 @@ import pytest
 import torch
 from torch import nn
 
+import pixart_kernels as pk
 from pixart.data.batches import BatchStream
 from pixart.training import TrainRecipe, train
 from pixart.training import trainer as trainer_module
@@ -113,6 +114,16 @@ def test_resumed_run_is_the_uninterrupted_one_bit_for_bit(
     assert run(interrupted) == whole
     for name, tensor in weights(tmp_path / "whole").items():
         assert torch.equal(tensor, weights(tmp_path / "parts")[name]), name
+
+
+def test_kernels_train_as_their_definitions_do(tmp_path: Path, features: Path) -> None:
+    curves = {}
+    for backend in ("reference", "auto"):
+        with pk.use_backend(backend):
+            rows = run(recipe(tmp_path / backend, features))
+        curves[backend] = [(row["loss"], row["gradient_norm"]) for row in rows]
+    for a, b in zip(*curves.values(), strict=True):
+        assert a == pytest.approx(b, rel=1e-3)
 
 
 def test_curves_reach_tensorboard(tmp_path: Path, features: Path) -> None:
