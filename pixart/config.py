@@ -72,13 +72,22 @@ class PixArtConfig:
                 got = getattr(self, field)
                 raise ValueError(f"PixArtConfig: `{field}` is {got!r}; accepted: {accepted}")
 
-        for field in ("input_size", "patch_size", "in_channels", "depth", "num_heads"):
-            require(getattr(self, field) >= 1, field, "a positive integer")
+        for entry in dataclasses.fields(self):
+            name, kind, value = entry.name, entry.type, getattr(self, entry.name)
+            if kind == "int":
+                ok = isinstance(value, int) and not isinstance(value, bool) and value >= 1
+                require(ok, name, "a positive integer")
+            elif kind == "float":
+                ok = isinstance(value, (int, float)) and not isinstance(value, bool)
+                require(ok, name, "a number")
+            elif kind == "bool":
+                require(isinstance(value, bool), name, "True or False")
         p, H = self.patch_size, self.num_heads
         require(self.input_size % p == 0, "input_size", f"a multiple of patch_size = {p}")
         require(self.hidden_size % 4 == 0, "hidden_size", "a multiple of 4 (2D positions)")
         require(self.hidden_size % H == 0, "hidden_size", f"a multiple of num_heads = {H}")
         require(self.pe_interpolation > 0, "pe_interpolation", "a positive number")
+        require(self.mlp_ratio > 0, "mlp_ratio", "a positive number")
         require(0 <= self.caption_dropout < 1, "caption_dropout", "0 <= p < 1")
         require(self.conditioning in CONDITIONINGS, "conditioning", ", ".join(CONDITIONINGS))
         if self.micro_conditioning:
@@ -94,7 +103,10 @@ class PixArtConfig:
             require(kv["sampling"] in SAMPLINGS, field, f"sampling of {', '.join(SAMPLINGS)}")
             scale = kv["scale_factor"]
             require(isinstance(scale, int) and scale >= 1, field, "a positive scale_factor")
-            in_range = all(0 <= layer < self.depth for layer in kv["layers"])
+            layers = kv["layers"]
+            in_range = isinstance(layers, (list, tuple)) and all(
+                isinstance(layer, int) and 0 <= layer < self.depth for layer in layers
+            )
             require(in_range, field, f"layers within 0 to {self.depth - 1}")
 
     @property

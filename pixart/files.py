@@ -93,6 +93,7 @@ def _same(path: Path, other: Path) -> bool:
 def remove_folder(folder: Path) -> None:
     """Deletes a folder such that, interrupted, it is not left half there under its name."""
     doomed = folder.with_name(f".{folder.name}.old")
+    shutil.rmtree(doomed, ignore_errors=True)
     os.replace(folder, doomed)
     shutil.rmtree(doomed)
 

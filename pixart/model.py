@@ -23,6 +23,9 @@ from pixart.config import PixArtConfig
 # rows of a block's scale_shift_table; the final layer's table has the first two alone
 SHIFT_ATTN, SCALE_ATTN, GATE_ATTN, SHIFT_MLP, SCALE_MLP, GATE_MLP = range(6)
 
+# position embeddings kept: more than the 40 grids of a multi-aspect data set
+MAX_CACHED_GRIDS = 64
+
 # learned table (R, D) and the timestep's share (B, R, D) or (B, R*D); their sum modulates
 Modulation = tuple[Tensor, Tensor]
 
@@ -166,7 +169,8 @@ class CrossAttention(nn.Module):
         q_BNHK = self.q_linear(x_BND).unflatten(-1, (self.num_heads, -1))
         kv_BL2HK = self.kv_linear(text_BLD).unflatten(-1, (2, self.num_heads, -1))
         out = self.proj(pk.cross_attention(q_BNHK, kv_BL2HK, text_lengths_B).flatten(2))
-        return out if self.gate is None else self.gate.tanh() * out
+        # in out's dtype: under autocast an fp32 gate would widen the branch
+        return out if self.gate is None else self.gate.tanh().to(out.dtype) * out
 
 
 class Block(nn.Module):
@@ -294,7 +298,8 @@ class PixArt(nn.Module):
             aspect_ratio: (B,) or (B, 1) height / width, with micro_conditioning.
 
         Returns:
-            (B, out_channels, height, width) in the parameters' dtype: noise, then variance.
+            (B, out_channels, height, width): noise, then variance; in the parameters' dtype, or
+            autocast's.
 
         Raises:
             ValueError: naming the argument, what was got and what is accepted.
@@ -339,6 +344,8 @@ class PixArt(nn.Module):
             return self._compute_positions(grid, device)
         key = (grid, device)
         if key not in self._positions:
+            if len(self._positions) >= MAX_CACHED_GRIDS:
+                self._positions.clear()
             with torch.inference_mode(False), torch.no_grad():
                 self._positions[key] = self._compute_positions(grid, device)
         return self._positions[key]

@@ -71,15 +71,15 @@ def architecture(device: torch.device) -> str:
     return f"sm_{major}{minor}"
 
 
-def _checked(backend: str) -> str:
+def _checked(backend: str, name: str = "backend") -> str:
     if backend not in BACKENDS:
-        raise ValueError(f"`backend` is {backend!r}; accepted: {', '.join(BACKENDS)}")
+        raise ValueError(f"`{name}` is {backend!r}; accepted: {', '.join(BACKENDS)}")
     return backend
 
 
 # process-wide on purpose: torch.compile guards on a plain global, and a server's worker
 # threads must all see the backend that main() chose
-_backend = _checked(os.environ.get("PIXART_KERNELS_BACKEND", "auto"))
+_backend = _checked(os.environ.get("PIXART_KERNELS_BACKEND", "auto"), "PIXART_KERNELS_BACKEND")
 
 
 @contextmanager

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import importlib.resources
+import re
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_args
 
@@ -20,7 +21,7 @@ from pixart.diffusion import SAMPLERS
 
 Positive = Annotated[int, Field(gt=0)]
 Count = Annotated[int, Field(ge=0)]
-Rate = Annotated[float, Field(gt=0)]
+Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Share = Annotated[float, Field(ge=0, lt=1)]
 
 
@@ -49,7 +50,7 @@ class Run(Section):
     """What every training run has, whatever it trains."""
 
     output: Path
-    seed: int = 0
+    seed: Count = 0
     steps: Positive
     batch_size: Positive = Field(description="samples per process and optimiser micro-step")
     gradient_accumulation: Positive = 1
@@ -120,9 +121,11 @@ class TrainRecipe(Run):
         unknown = [f"{key}{_nearest(key, known)}" for key in model if key not in known]
         if unknown:
             raise ValueError(f"unknown {', '.join(unknown)}")
-        if model.get("preset", "sigma-256") not in presets:
-            name = model["preset"]
+        name = model.get("preset", "sigma-256")
+        if not isinstance(name, str) or name not in presets:
             raise ValueError(f"preset should be {', '.join(presets)}{_nearest(name, presets)}")
+        if not isinstance(model.get("init", ""), str):
+            raise ValueError("init should be a path")
         _model_config(model)
         return model
 
@@ -183,7 +186,7 @@ def read_yaml(source: str | Path) -> dict[str, Any]:
         raise ValueError(f"{path} is not valid YAML: {error}") from error
     if not isinstance(values, dict):
         raise ValueError(f"{path} holds a {type(values).__name__}, not keys and values")
-    return values
+    return _numbers(values)
 
 
 def load_recipe(
@@ -208,7 +211,12 @@ def load_recipe(
         *sections, last = key.split(".")
         for name in sections:
             section = section.setdefault(name, {})
-        section[last] = _number(yaml.safe_load(value))
+            if not isinstance(section, dict):
+                raise ValueError(f"override {override!r}: {name} holds a value, not a section")
+        try:
+            section[last] = _numbers(yaml.safe_load(value))
+        except yaml.YAMLError as error:
+            raise ValueError(f"override {override!r} is not valid YAML: {error}") from error
     return check_recipe(kind, values, str(source))
 
 
@@ -221,12 +229,12 @@ def check_recipe(kind: type[Recipe], values: dict[str, Any], source: str) -> Rec
         raise ValueError(f"{source}:\n{problems}") from None
 
 
-def _number(value: Any) -> Any:
-    # YAML 1.1 reads 1e-4, without a point, as text
-    try:
-        return float(value) if isinstance(value, str) else value
-    except ValueError:
-        return value
+def _numbers(value: Any) -> Any:
+    """Numbers that YAML 1.1 reads as text, 1e-4 without a point, as numbers; also within."""
+    if isinstance(value, dict):
+        return {key: _numbers(entry) for key, entry in value.items()}
+    is_number = isinstance(value, str) and re.fullmatch(r"[+-]?\d+(\.\d*)?[eE][+-]?\d+", value)
+    return float(value) if is_number else value
 
 
 def _problem(kind: type[BaseModel], problem: Any) -> str:
@@ -248,4 +256,6 @@ def _problem(kind: type[BaseModel], problem: Any) -> str:
             annotation = literal.model_fields[name].annotation
             literal = annotation if isinstance(annotation, type) else literal
         message += _nearest(problem["input"], get_args(annotation))
+    if where == "model":
+        return f"{where}: {message}"
     return f"{where}: got {problem['input']!r}; {message[0].lower()}{message[1:]}"

@@ -12,9 +12,10 @@ import yaml
 from pixart.files import remove_folder, write_atomically
 from pixart.training.recipe import Run
 
-# what may change between a run and its continuation, because no trained weight depends on it
+# what may change between a run and its continuation, because no trained weight depends on it;
+# so may `steps` where the learning rate does not hang on them
 FREE_TO_CHANGE = frozenset(
-    ("output", "steps", "workers", "log_every", "checkpoint_every", "keep_checkpoints",
+    ("output", "workers", "log_every", "checkpoint_every", "keep_checkpoints",
      "samples", "samples_every")
 )  # fmt: skip
 
@@ -34,10 +35,11 @@ class RunFolder:
         file = self.folder / "recipe.yaml"
         if file.exists() and self.last_checkpoint() is not None:
             before = yaml.safe_load(file.read_text())
+            free = FREE_TO_CHANGE | ({"steps"} if recipe.schedule.name == "constant" else set())
             changed = [
                 f"  {key}: {before.get(key)} -> {values.get(key)}"
                 for key in sorted(before.keys() | values.keys())
-                if key not in FREE_TO_CHANGE and before.get(key) != values.get(key)
+                if key not in free and before.get(key) != values.get(key)
             ]
             if changed:
                 raise ValueError(

@@ -14,11 +14,14 @@ from torch import Tensor, nn
 from pixart.conditioning import VAE, FeatureCache, TextEncoder, collate, encode_dataset
 from pixart.data.sources import ImageFolder
 from pixart.diffusion import NoiseSchedule, Objective
-from pixart.files import finish_folder, unfinished_folder
+from pixart.files import finish_folder, unfinished_folder, write_atomically
 from pixart.generation import PixArtPipeline, contact_sheet
 from pixart.generation.pipeline import PIPELINE
 from pixart.model import CaptionEmbedder, PixArt
 from pixart.training.recipe import Data, TrainRecipe
+
+# in the folder of features: how they were made
+SOURCE = "source.json"
 
 
 def encode_images(data: Data, max_tokens: int, device: torch.device) -> None:
@@ -28,6 +31,7 @@ def encode_images(data: Data, max_tokens: int, device: torch.device) -> None:
     if data.vae is None or data.text_encoder is None:
         raise ValueError("data.images is given: data.vae and data.text_encoder are needed as well")
     source = ImageFolder(data.images, data.size)
+    _same_source(data)
     try:
         if set(source.keys) <= set(FeatureCache(data.features).keys()):
             return
@@ -41,6 +45,31 @@ def encode_images(data: Data, max_tokens: int, device: torch.device) -> None:
         device=device,
         max_bad_fraction=data.max_bad_fraction,
     )
+
+
+def _same_source(data: Data) -> None:
+    """Records how the features are made; raises ValueError where they were made otherwise.
+
+    The pictures themselves are told apart by name alone: new ones are encoded, changed ones need
+    new features.
+    """
+    file = data.features / SOURCE
+    values = {"size": data.size}
+    values |= {key: _absolute(getattr(data, key)) for key in ("vae", "text_encoder")}
+    if not file.exists():
+        text = json.dumps(values, indent=2)
+        write_atomically(file, lambda f: f.write(text.encode()))
+    before = json.loads(file.read_text())
+    changed = [
+        f"data.{key}: {before.get(key)} -> {values[key]}"
+        for key in values
+        if before.get(key) != values[key]
+    ]
+    if changed:
+        raise ValueError(
+            f"{data.features} was encoded differently ({'; '.join(changed)}): name a new folder "
+            "in data.features, or delete that one"
+        )
 
 
 class TextToImage:

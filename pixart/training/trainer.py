@@ -8,6 +8,8 @@ progress, curves, pictures, and checkpoints from which the loss curve goes on bi
 from __future__ import annotations
 
 import math
+import os
+import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -28,6 +30,7 @@ from rich.progress import (
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
@@ -85,6 +88,12 @@ def train(recipe: Run, make_task: Callable[[torch.device], Task]) -> RunFolder:
         log_with="tensorboard",
         project_dir=str(recipe.output),
     )
+    started = int(os.environ.get("WORLD_SIZE", 1))
+    if started > accelerator.num_processes:
+        raise RuntimeError(
+            f"{started} processes were started and each would train alone in {recipe.output}: "
+            "without a GPU, set ACCELERATE_USE_CPU=true"
+        )
     run = RunFolder(recipe.output)
     if accelerator.is_main_process:
         run.begin(recipe)
@@ -156,11 +165,14 @@ def train(recipe: Run, make_task: Callable[[torch.device], Task]) -> RunFolder:
                 watched = progress.console.is_terminal or not accelerator.is_main_process
                 if at_checkpoint and not watched:
                     progress.console.print(f"  step {step} of {recipe.steps}: {note}")
-            if at_checkpoint:
-                loop.checkpoint(step)
             if task.preview_every and (at_end or step % task.preview_every == 0):
                 loop.preview(step)
+            # last, so that a run with its final checkpoint has everything else as well
+            if at_checkpoint:
+                loop.checkpoint(step)
             progress.update(bar, completed=step)
+    if start >= recipe.steps:
+        loop.export()
     accelerator.end_training()
     return run
 
@@ -212,13 +224,7 @@ class _Loop:
         micro_steps = self._counts["loss"]
         self._sums, self._counts = {}, {}
         if not math.isfinite(row["loss"]):
-            last = self.run.last_checkpoint()
-            kept = f"The last good checkpoint is {last[1]}" if last else "No checkpoint was written"
-            raise RuntimeError(
-                f"the loss became {row['loss']} at or before step {step}. {kept}. Lower "
-                "optimizer.lr, set gradient_clip, or use mixed_precision: bf16 or no; running the "
-                "same recipe again would meet it again"
-            )
+            raise self._diverged(f"the loss became {row['loss']} at or before step {step}")
         now = time.perf_counter()
         samples = micro_steps * self.recipe.batch_size * self.accelerator.num_processes
         speed, self._since = samples / (now - self._since), now
@@ -228,23 +234,42 @@ class _Loop:
             self.run.log({"step": step, **row})
         return f"loss {row['loss']:.4f}  {speed:.1f} images/s"
 
+    def _diverged(self, what: str) -> RuntimeError:
+        last = self.run.last_checkpoint()
+        kept = f"The last good checkpoint is {last[1]}" if last else "No checkpoint was written"
+        return RuntimeError(
+            f"{what}. {kept}. Lower optimizer.lr, set gradient_clip, or use mixed_precision: bf16 "
+            "or no; running the same recipe again would meet it again"
+        )
+
+    def export(self) -> None:
+        if self.accelerator.is_main_process:
+            with self.averaged() as module:
+                self.task.export(module, self.run.folder)
+        self.accelerator.wait_for_everyone()
+
     def checkpoint(self, step: int) -> None:
         last = self.run.last_checkpoint()
         if last is not None and last[0] == step:
             return
+        # a finite loss may come with an infinite gradient, and what it made of the weights must
+        # not take a good checkpoint's place
+        if not all(bool(p.isfinite().all()) for p in self.module.parameters()):
+            raise self._diverged(f"weights became infinite or nan at or before step {step}")
         accelerator, final = self.accelerator, self.run.name(step)
         if accelerator.is_main_process:
             unfinished_folder(final)
         accelerator.wait_for_everyone()
+        partial = final.with_name(f".{final.name}.unfinished")
         try:
-            accelerator.save_state(str(final.with_name(f".{final.name}.unfinished")))
-            accelerator.wait_for_everyone()
+            accelerator.save_state(str(partial))
+            # before the checkpoint counts, so that none is without its export
+            self.export()
             if accelerator.is_main_process:
                 finish_folder(final)
                 self.run.prune(self.recipe.keep_checkpoints)
-                with self.averaged() as module:
-                    self.task.export(module, self.run.folder)
-        except OSError as error:
+        except (OSError, RuntimeError, SafetensorError) as error:
+            shutil.rmtree(partial, ignore_errors=True)
             kept = f"the last complete one is {last[1]}" if last else "there is no earlier one"
             raise RuntimeError(
                 f"the checkpoint of step {step} could not be written ({error}); {kept}. Make room "

@@ -27,6 +27,8 @@ def self_attention(qkv: Tensor, num_heads: int, *, backend: str | None = None) -
         RuntimeError: ``backend`` was named and cannot run, with every reason.
     """
     check_floating("self_attention", qkv=qkv)
+    if num_heads < 1:
+        raise wrong("self_attention", "num_heads", num_heads, "a positive integer")
     if qkv.dim() != 3 or qkv.shape[2] % (3 * num_heads) != 0:
         accepted = f"(B, N, 3*D) with D a multiple of num_heads = {num_heads}"
         raise wrong("self_attention", "qkv", shape(qkv), accepted)

@@ -36,6 +36,7 @@ def cross_attention(q: Tensor, kv: Tensor, kv_lengths: Tensor) -> Tensor:
     # a row without text attends to its (cleared) padding, and its result is dropped below:
     # softmax over no key at all is NaN
     mask = (real[:, None, None, :] | ~has_text).expand(-1, -1, q.shape[1], -1)
+    q = torch.where(has_text, q, 0)
     q, k, v = (tensor.transpose(1, 2) for tensor in (q, k, v))
     out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2)
     return torch.where(has_text, out, 0)

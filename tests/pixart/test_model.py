@@ -245,6 +245,20 @@ def test_gated_cross_attention_starts_closed_and_can_open() -> None:
     assert all(gate.grad.abs() > 0 for gate in gates)
 
 
+def test_the_gate_is_a_tanh() -> None:
+    config = dataclasses.replace(SMALL, gated_cross_attention=True)
+    cross = randomized(config).blocks[0].cross_attn
+    x, text, lengths = torch.randn(1, 3, 72), torch.randn(1, 4, 72), torch.tensor([4]).int()
+    outputs = []
+    for value in (2.0, 20.0):
+        torch.nn.init.constant_(cross.gate, value)
+        outputs.append(cross(x, text, lengths))
+    ratio = torch.tensor(2.0).tanh() / torch.tensor(20.0).tanh()
+    torch.testing.assert_close(outputs[0], ratio * outputs[1])
+    with torch.autocast("cpu", torch.bfloat16):
+        assert cross(x, text, lengths).dtype == torch.bfloat16
+
+
 def test_fresh_model_predicts_zero() -> None:
     assert not PixArt(SMALL)(**inputs(SMALL)).any()
 
@@ -315,6 +329,13 @@ def test_micro_conditioning_is_asked_for() -> None:
         ("kv_compression", {"sampling": "max", "scale_factor": 2, "layers": [0]}),
         ("kv_compression", {"sampling": "conv", "scale_factor": 2, "layers": [3]}),
         ("caption_dropout", 1.0),
+        ("caption_dropout", "abc"),
+        ("depth", "four"),
+        ("depth", 2.5),
+        ("qk_norm", "maybe"),
+        ("caption_channels", 0),
+        ("mlp_ratio", -1.0),
+        ("kv_compression", {"sampling": "conv", "scale_factor": 2, "layers": 3}),
     ],
 )
 def test_wrong_config_is_named(field: str, value: object) -> None:

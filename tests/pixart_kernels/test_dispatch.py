@@ -88,7 +88,7 @@ def test_environment_sets_the_backend() -> None:
     out = subprocess.run(
         [sys.executable, "-c", code], env=environment, capture_output=True, text=True
     )
-    assert "`backend` is 'fast'" in out.stderr
+    assert "`PIXART_KERNELS_BACKEND` is 'fast'" in out.stderr
 
 
 def test_public_op_takes_a_backend() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -76,6 +77,31 @@ def test_bad_models_are_named() -> None:
     said = problems({"model": {"preset": "sigma-513"}})
     assert "preset should be" in said and "did you mean sigma-512?" in said
     assert "`num_heads` is 0" in problems({"model": {"num_heads": 0}})
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("model.depth=four", "`depth` is 'four'"),
+        ("model.preset=[a]", "preset should be"),
+        ("model.init=5", "init should be a path"),
+        ("model=[1", "not valid YAML"),
+        ("steps.x=1", "steps holds a value, not a section"),
+        ("optimizer.lr=.inf", "optimizer.lr"),
+        ("seed=-1", "seed"),
+    ],
+)
+def test_odd_overrides_are_named(tmp_path: Path, override: str, said: str) -> None:
+    file = tmp_path / "r.yaml"
+    file.write_text(yaml.safe_dump(MINIMAL))
+    with pytest.raises(ValueError, match=re.escape(said)):
+        load_recipe(TrainRecipe, file, [override])
+
+
+def test_numbers_without_a_point_are_numbers(tmp_path: Path) -> None:
+    file = tmp_path / "r.yaml"
+    file.write_text(yaml.safe_dump(MINIMAL) + "optimizer:\n  lr: 1e-4\n")
+    assert load_recipe(TrainRecipe, file).optimizer.lr == 1e-4
 
 
 def test_missing_keys_are_named() -> None:

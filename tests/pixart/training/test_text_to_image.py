@@ -94,10 +94,40 @@ def test_micro_conditions_are_the_originals_size_and_the_crops_ratio(folder: Pat
             seen.update(image_size=image_size, aspect_ratio=aspect_ratio, caption=caption)
             return torch.cat([latents, latents], dim=1)
 
-    task.loss(Spy(), task.collate([task.dataset[0], task.dataset[1]]))
+    batch = task.collate([task.dataset[0], task.dataset[1]])
+    task.loss(Spy(), batch)
     assert seen["image_size"].tolist() == [[20, 30]] * 2
     assert seen["aspect_ratio"].tolist() == [[1.0]] * 2
     assert seen["caption"].dtype == torch.float32
+    wide = {**batch, **{k: batch[k][:, :, :4] for k in ("latent_mean", "latent_std")}}
+    task.loss(Spy(), wide)
+    assert seen["aspect_ratio"].tolist() == [[0.5]] * 2
+
+
+def test_latents_are_sampled(folder: Path) -> None:
+    task = TextToImage(recipe(folder, "sampled"), torch.device("cpu"))
+    batch = task.collate([task.dataset[0]] * 2)
+    batch["latent_mean"], batch["latent_std"] = (
+        torch.full((2, 4, 64, 64), 7.0),
+        torch.full((2, 4, 64, 64), 3.0),
+    )
+    seen: list[torch.Tensor] = []
+    objective = task.objective
+
+    def spy(output, latents, noise, t):
+        seen.append(latents)
+        return objective(output, latents, noise, t)
+
+    task.objective = spy  # type: ignore[assignment]
+    task.loss(lambda x, *rest, **micro: torch.cat([x, x], dim=1), batch)
+    assert seen[0].mean() == pytest.approx(7, abs=0.1)
+    assert seen[0].std() == pytest.approx(3, abs=0.1)
+
+
+def test_features_made_otherwise_are_refused(folder: Path) -> None:
+    data = recipe(folder, "x").data.model_dump(mode="json")
+    with pytest.raises(ValueError, match=r"encoded differently \(data.size: 16 -> 8\)"):
+        TextToImage(recipe(folder, "x", data={**data, "size": 8}), torch.device("cpu"))
 
 
 def test_what_is_missing_is_said_before_anything_is_loaded(folder: Path) -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from torch import nn
 
 import pixart_kernels as pk
@@ -170,15 +171,19 @@ def test_killed_at_any_instant_it_goes_on(tmp_path: Path, features: Path) -> Non
 def test_old_checkpoints_are_dropped_and_steps_can_be_raised(
     tmp_path: Path, features: Path
 ) -> None:
-    output = tmp_path / "run"
-    run(recipe(output, features))
+    output, constant = tmp_path / "run", {"schedule": {"name": "constant", "warmup_steps": 3}}
+    run(recipe(output, features, **constant))
     names = sorted(path.name for path in (output / "checkpoints").iterdir())
     assert names == ["step-0000010", "step-0000012"]
-    assert len(run(recipe(output, features, steps=14))) == 14
+    assert len(run(recipe(output, features, steps=14, **constant))) == 14
+    # a decay to zero belongs to its number of steps
+    run(recipe(tmp_path / "cosine", features))
+    with pytest.raises(ValueError, match="steps: 12 -> 14"):
+        run(recipe(tmp_path / "cosine", features, steps=14))
 
 
 def test_folder_of_another_recipe_is_refused(tmp_path: Path, features: Path) -> None:
-    run(recipe(tmp_path / "run", features, steps=5))
+    run(recipe(tmp_path / "run", features))
     with pytest.raises(ValueError, match=r"another recipe:\n  batch_size: 4 -> 8"):
         run(recipe(tmp_path / "run", features, batch_size=8))
 
@@ -225,16 +230,110 @@ def test_full_disk_keeps_the_last_checkpoint(
     tmp_path: Path, features: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     output = tmp_path / "run"
-    run(recipe(output, features, steps=5))
+    saved, save_state = [], trainer_module.Accelerator.save_state
 
-    def full(*args, **kwargs):
-        raise OSError(28, "No space left on device")
+    def full(self, folder: str) -> None:
+        save_state(self, folder)
+        saved.append(folder)
+        if len(saved) == 2:
+            # what safetensors raises, which is no OSError
+            raise SafetensorError("I/O error: No space left on device")
 
-    monkeypatch.setattr(trainer_module, "finish_folder", full)
+    monkeypatch.setattr(trainer_module.Accelerator, "save_state", full)
     with pytest.raises(RuntimeError, match="step 10 could not be written.*step-0000005.*Make room"):
         run(recipe(output, features))
+    assert [p.name for p in (output / "checkpoints").iterdir()] == ["step-0000005"]
     monkeypatch.undo()
     assert len(run(recipe(output, features))) == 12
+
+
+def test_weights_that_blew_up_are_not_saved(tmp_path: Path, features: Path) -> None:
+    made = recipe(tmp_path / "run", features, checkpoint_every=1, gradient_clip=None)
+
+    class Explodes(TextToImage):
+        calls = 0
+
+        def loss(self, module, batch):
+            Explodes.calls += 1
+            losses = super().loss(module, batch)
+            if Explodes.calls == 3:
+                # the loss is finite, its gradient is not
+                weight = self.module.final_layer.linear.weight
+                zero = (weight - weight.detach()).abs().sum()
+                losses["loss"] = losses["loss"] + zero.sqrt()
+            return losses
+
+    with pytest.raises(RuntimeError, match="weights became infinite or nan.*step-0000002"):
+        train(made, lambda device: Explodes(made, device))
+    assert all(tensor.isfinite().all() for tensor in weights(tmp_path / "run").values())
+
+
+def test_an_export_that_failed_is_made_by_the_next_run(tmp_path: Path, features: Path) -> None:
+    run(recipe(tmp_path / "whole", features))
+    made = recipe(tmp_path / "run", features)
+
+    class Fails(TextToImage):
+        def export(self, module, folder):
+            if (folder / "checkpoints" / "step-0000010").exists():
+                raise KeyboardInterrupt
+            super().export(module, folder)
+
+    with pytest.raises(KeyboardInterrupt):
+        train(made, lambda device: Fails(made, device))
+    run(made)
+    for name, tensor in weights(tmp_path / "whole").items():
+        assert torch.equal(tensor, weights(tmp_path / "run")[name]), name
+    shutil.rmtree(tmp_path / "run" / "pipeline")
+    run(made)
+    assert weights(tmp_path / "run").keys() == weights(tmp_path / "whole").keys()
+
+
+def test_the_recipe_reaches_the_optimiser_and_the_model(
+    tmp_path: Path, features: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: dict = {}
+    adamw = torch.optim.AdamW
+
+    def spy(parameters, **settings):
+        seen.update(settings)
+        return adamw(parameters, **settings)
+
+    monkeypatch.setattr(torch.optim, "AdamW", spy)
+    optimizer = {"lr": 2e-3, "betas": [0.7, 0.8], "eps": 1e-7, "weight_decay": 0.2}
+    made = recipe(
+        tmp_path / "run", features, steps=2, optimizer=optimizer, gradient_checkpointing=True,
+        min_snr_gamma=3.0, gradient_clip=0.02,
+    )  # fmt: skip
+    norms: list[torch.Tensor] = []
+
+    class Checks(TextToImage):
+        def loss(self, module, batch):
+            assert self.module.gradient_checkpointing
+            assert self.objective.min_snr_gamma == 3
+            return super().loss(module, batch)
+
+    def clipped(self, parameters, limit):
+        parameters = list(parameters)
+        norm = torch.nn.utils.clip_grad_norm_(parameters, limit)
+        norms.append(
+            torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        )
+        return norm
+
+    monkeypatch.setattr(trainer_module.Accelerator, "clip_grad_norm_", clipped)
+    rows = train(made, lambda device: Checks(made, device)).read_log()
+    assert (seen["lr"], seen["betas"], seen["eps"]) == (2e-3, (0.7, 0.8), 1e-7)
+    assert seen["weight_decay"] == 0.2
+    assert rows[0]["gradient_norm"] > 0.02
+    assert all(norm < 0.0201 for norm in norms)
+
+
+def test_processes_that_would_train_alone_are_stopped(
+    tmp_path: Path, features: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(RuntimeError, match="2 processes were started.*ACCELERATE_USE_CPU"):
+        run(recipe(tmp_path / "run", features))
 
 
 def test_nan_loss_says_what_to_do(tmp_path: Path, features: Path) -> None:

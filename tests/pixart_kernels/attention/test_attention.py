@@ -77,6 +77,13 @@ def test_cross_attention_never_reads_padding() -> None:
     assert q.grad.isfinite().all() and poisoned.grad.isfinite().all()
 
 
+def test_cross_attention_without_text_ignores_its_query() -> None:
+    q = torch.full((1, 3, 2, 8), float("nan"), requires_grad=True)
+    out = pk.cross_attention(q, torch.randn(1, 4, 2, 2, 8), torch.zeros(1, dtype=torch.int32))
+    out.sum().backward()
+    assert not out.any() and not q.grad.any()
+
+
 def test_cross_attention_gradients_and_no_text_at_all() -> None:
     q, kv = leaf(2, 3, 2, 4), leaf(2, 4, 2, 2, 4)
     lengths = torch.tensor([3, 0], dtype=torch.int32)
