@@ -143,7 +143,9 @@ def generate(
         recipe = {"prompt": prompt, "negative_prompt": negative_prompt, "seed": seed + i}
         info = PngInfo()
         info.add_itxt("pixart", json.dumps({**recipe, **settings, "model": str(model)}))
-        words = "".join(c if c.isalnum() else "-" for c in prompt.lower())[:60].strip("-")
+        words = "".join(c if c.isalnum() else "-" for c in prompt.lower())
+        # file systems count bytes
+        words = words.encode()[:80].decode(errors="ignore").strip("-")
         path = output / f"{words or 'picture'}-{seed + i}.png"
         write_atomically(path, partial(image.save, format="PNG", pnginfo=info))
         print(path)
@@ -159,12 +161,15 @@ def convert(
     preset: Annotated[
         str | None, typer.Option(help="the model's shape, where the source does not tell it")
     ] = None,
+    config: Annotated[
+        Path | None, typer.Option(help="the same, from a config.json that we wrote")
+    ] = None,
     from_dit: Annotated[
         bool, typer.Option(help="the source is a DiT: start a PixArt of --preset from it")
     ] = False,
 ) -> None:
     """Convert weights between formats, without loss, or start a PixArt from a DiT."""
-    from pixart import PixArt, checkpoints, presets
+    from pixart import PixArt, PixArtConfig, checkpoints, presets
 
     writers = {
         "pixart": checkpoints.save,
@@ -175,15 +180,17 @@ def convert(
         raise ValueError(f"--to is {to!r}; accepted: {', '.join(writers)}")
     if preset is not None and preset not in presets:
         raise ValueError(f"--preset is {preset!r}; accepted: {', '.join(presets)}")
-    if target.exists():
+    if target.exists() and not (target.is_dir() and not any(target.iterdir())):
         raise ValueError(f"{target} exists already: name a new one, or delete it")
-    config = presets[preset] if preset is not None else None
+    shape = presets[preset] if preset is not None else None
+    if config is not None:
+        shape = PixArtConfig.from_json(config)
     if from_dit:
-        if config is None:
-            raise ValueError("--from-dit needs --preset, the PixArt to start")
-        model = checkpoints.from_dit(source, config)
+        if shape is None:
+            raise ValueError("--from-dit needs --preset or --config, the PixArt to start")
+        model = checkpoints.from_dit(source, shape)
     else:
-        model = PixArt.from_pretrained(source, config)
+        model = PixArt.from_pretrained(source, shape)
     writers[to](model, target)
     print(f"{target}: {sum(p.numel() for p in model.parameters()):,} parameters")
 
@@ -199,7 +206,10 @@ def doctor() -> None:
 def _device(name: str | None) -> Any:
     import torch
 
-    return torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+    device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"--device is {name}, but this torch ({torch.__version__}) sees no GPU")
+    return device
 
 
 def main() -> None:

@@ -53,7 +53,11 @@ def quickstart(
     console.print(f"[bold]1/4[/bold] {count} captioned pictures in {images}")
     done("images")
 
-    paths = [f"output={folder / 'vae'}", f"images={images}", f"seed={seed}"]
+    paths = [
+        f"output={_text(folder / 'vae')}",
+        f"images={_text(images)}",
+        f"seed={seed}",
+    ]
     changes = paths if vae_steps is None else [*paths, f"steps={vae_steps}"]
     vae_recipe = load_recipe(VAERecipe, "quickstart-vae", changes)
     console.print(f"[bold]2/4[/bold] training the autoencoder: {vae_recipe.steps} steps")
@@ -61,11 +65,11 @@ def quickstart(
     done("autoencoder")
 
     paths = [
-        f"output={folder / 'model'}",
+        f"output={_text(folder / 'model')}",
         f"seed={seed}",
-        f"data.features={folder / 'features'}",
-        f"data.images={images}",
-        f"data.vae={folder / 'vae' / 'vae'}",
+        f"data.features={_text(folder / 'features')}",
+        f"data.images={_text(images)}",
+        f"data.vae={_text(folder / 'vae' / 'vae')}",
     ]
     changes = paths if steps is None else [*paths, f"steps={steps}"]
     recipe = load_recipe(TrainRecipe, "quickstart", changes)
@@ -93,6 +97,11 @@ def quickstart(
         f'draw more: pixart generate {folder / "model" / "pipeline"} "a red gem"'
     )
     return result
+
+
+def _text(path: Path) -> str:
+    """A path as YAML text, whatever characters it has."""
+    return json.dumps(str(path))
 
 
 def _draw_and_measure(folder: Path, recipe: TrainRecipe) -> Retrieval:

@@ -103,7 +103,11 @@ class ImageFolder:
         if isinstance(caption, BadSample):
             # a fresh exception: one raised twice would drag the first traceback along
             raise BadSample(caption.key, caption.reason)
-        path = (self.folder / key).resolve()
+        try:
+            path = (self.folder / key).resolve()
+            path.exists()
+        except (OSError, ValueError) as error:
+            raise BadSample(key, f"the file name cannot be used ({error})") from error
         if not path.is_relative_to(self._root):
             raise BadSample(key, f"the path leaves the folder (it leads to {path})")
         if caption is None:
@@ -111,6 +115,8 @@ class ImageFolder:
         caption = caption.strip()
         if not caption:
             raise BadSample(key, "the caption is empty")
+        if any("\ud800" <= letter <= "\udfff" for letter in caption):
+            raise BadSample(key, "the caption is no valid Unicode")
         image = _load_rgb(key, path)
         height, width = image.height, image.width
         if self.size is not None:

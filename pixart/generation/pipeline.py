@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -150,6 +151,8 @@ class PixArtPipeline:
         Raises:
             ValueError: naming the argument, what was got and what is accepted.
         """
+        if guidance_scale is not None and not 1 <= guidance_scale < math.inf:
+            raise ValueError(f"`guidance_scale` is {guidance_scale}; accepted: 1 or more")
         if not isinstance(prompts, Prompts):
             prompts = self.encode(prompts)
         latents_of = self.draw_latents(

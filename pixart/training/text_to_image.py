@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -54,8 +55,8 @@ def _same_source(data: Data) -> None:
     new features.
     """
     file = data.features / SOURCE
-    values = {"size": data.size}
-    values |= {key: _absolute(getattr(data, key)) for key in ("vae", "text_encoder")}
+    values: dict[str, Any] = {"size": data.size, "text_encoder": data.text_encoder}
+    values["vae"] = _digest(data.vae) or data.vae
     if not file.exists():
         text = json.dumps(values, indent=2)
         write_atomically(file, lambda f: f.write(text.encode()))
@@ -70,6 +71,15 @@ def _same_source(data: Data) -> None:
             f"{data.features} was encoded differently ({'; '.join(changed)}): name a new folder "
             "in data.features, or delete that one"
         )
+
+
+def _digest(name: str | None) -> str | None:
+    """Of the weights in a folder; None where there are none."""
+    digest = hashlib.sha256()
+    files = sorted(Path(name).glob("*.safetensors")) if name is not None else []
+    for file in files:
+        digest.update(file.read_bytes())
+    return digest.hexdigest() if files else None
 
 
 class TextToImage:

@@ -32,6 +32,7 @@ from rich.progress import (
 )
 from safetensors import SafetensorError
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader, Dataset
 
 from pixart.data.batches import BatchStream
@@ -113,28 +114,32 @@ def train(recipe: Run, make_task: Callable[[torch.device], Task]) -> RunFolder:
         fused=True,
     )
     rate = learning_rate(recipe.schedule, recipe.steps)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
+    schedule = LambdaLR(optimizer, rate)
     ema = None
     if recipe.ema_decay is not None:
         ema = EMAModel(task.module.parameters(), decay=recipe.ema_decay, foreach=True)
         ema.to(accelerator.device)
-        accelerator.register_for_checkpointing(ema)
-    accelerator.register_for_checkpointing(schedule)
     module, optimizer = accelerator.prepare(task.module, optimizer)
 
     start = 0
     last = run.last_checkpoint()
     if last is not None:
         start, folder = last
-        accelerator.load_state(str(folder))
-        if ema is not None:
-            ema.to(accelerator.device)
+        try:
+            accelerator.load_state(str(folder))
+            _load_own_state(folder, accelerator, schedule, ema)
+        except Exception as error:
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise RuntimeError(
+                f"{folder} cannot be read ({type(error).__name__}: {reason}). Delete it, and the "
+                "run goes on from the checkpoint before"
+            ) from error
         accelerator.print(f"resuming {recipe.output} after step {start}")
     if accelerator.is_main_process:
         run.rewind_log(start)
     accelerator.init_trackers("tensorboard", init_kwargs={"tensorboard": {"purge_step": start + 1}})
 
-    loop = _Loop(recipe, accelerator, run, task, module, ema)
+    loop = _Loop(recipe, accelerator, run, task, module, schedule, ema)
     batches = _batches(task, recipe, accelerator, start * recipe.gradient_accumulation)
     with _progress(accelerator.is_main_process) as progress:
         bar = progress.add_task(recipe.output.name, total=recipe.steps, completed=start, note="")
@@ -201,10 +206,11 @@ class _Loop:
         run: RunFolder,
         task: Task,
         module: nn.Module,
+        schedule: LambdaLR,
         ema: EMAModel | None,
     ) -> None:
         self.recipe, self.accelerator, self.run, self.task = recipe, accelerator, run, task
-        self.module, self.ema = module, ema
+        self.module, self.schedule, self.ema = module, schedule, ema
         self._sums: dict[str, Tensor] = {}
         self._counts: dict[str, int] = {}
         self._since = time.perf_counter()
@@ -263,6 +269,7 @@ class _Loop:
         partial = final.with_name(f".{final.name}.unfinished")
         try:
             accelerator.save_state(str(partial))
+            _save_own_state(partial, accelerator, self.schedule, self.ema)
             # before the checkpoint counts, so that none is without its export
             self.export()
             if accelerator.is_main_process:
@@ -304,6 +311,36 @@ class _Loop:
             if self.ema is not None:
                 self.ema.restore(parameters)
             module.train(training)
+
+
+# accelerate would pickle these, and pass over random numbers that it cannot read; written and
+# read here, they are tensors and numbers alone, and damage is an error
+def _save_own_state(
+    folder: Path, accelerator: Accelerator, schedule: LambdaLR, ema: EMAModel | None
+) -> None:
+    random = {"cpu": torch.get_rng_state()}
+    if accelerator.device.type == "cuda":
+        random["cuda"] = torch.cuda.get_rng_state(accelerator.device)
+    torch.save(random, folder / f"random-{accelerator.process_index}.pt")
+    if accelerator.is_main_process:
+        state = {"schedule": schedule.state_dict(), "ema": ema and ema.state_dict()}
+        torch.save(state, folder / "schedule-and-ema.pt")
+    accelerator.wait_for_everyone()
+
+
+def _load_own_state(
+    folder: Path, accelerator: Accelerator, schedule: LambdaLR, ema: EMAModel | None
+) -> None:
+    state = torch.load(folder / "schedule-and-ema.pt", map_location="cpu", weights_only=True)
+    schedule.load_state_dict(state["schedule"])
+    if ema is not None:
+        ema.load_state_dict(state["ema"])
+        ema.to(accelerator.device)
+    file = folder / f"random-{accelerator.process_index}.pt"
+    random = torch.load(file, map_location="cpu", weights_only=True)
+    torch.set_rng_state(random["cpu"])
+    if accelerator.device.type == "cuda":
+        torch.cuda.set_rng_state(random["cuda"], accelerator.device)
 
 
 def _batches(

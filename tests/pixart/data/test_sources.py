@@ -248,3 +248,18 @@ def test_folder_and_size_are_checked(tmp_path):
     for size in (0, -8, 1.5, True):
         with pytest.raises(ValueError, match=f"size={size}"):
             ImageFolder(tmp_path, size)
+
+
+@pytest.mark.parametrize(
+    ("row", "reason"),
+    [
+        ({"file_name": "a\0b.png", "text": "x"}, "file name cannot be used"),
+        ({"file_name": "n" * 300 + ".png", "text": "x"}, "file name cannot be used"),
+        ({"file_name": "ok.png", "text": "a \ud800 b"}, "no valid Unicode"),
+    ],
+)
+def test_names_and_captions_that_no_system_takes(tmp_path, row, reason):
+    Image.new("RGB", (16, 16)).save(tmp_path / "ok.png")
+    (tmp_path / "metadata.jsonl").write_text(json.dumps(row) + "\n")
+    with pytest.raises(BadSample, match=reason):
+        ImageFolder(tmp_path)[0]

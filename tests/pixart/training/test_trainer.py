@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import signal
@@ -266,6 +267,36 @@ def test_weights_that_blew_up_are_not_saved(tmp_path: Path, features: Path) -> N
     with pytest.raises(RuntimeError, match="weights became infinite or nan.*step-0000002"):
         train(made, lambda device: Explodes(made, device))
     assert all(tensor.isfinite().all() for tensor in weights(tmp_path / "run").values())
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "random-0.pt", "schedule-and-ema.pt"])
+def test_a_damaged_checkpoint_is_named(tmp_path: Path, features: Path, name: str) -> None:
+    whole = run(recipe(tmp_path / "run", features))
+    damaged = tmp_path / "run" / "checkpoints" / "step-0000012"
+    (damaged / name).write_bytes(b"garbage")
+    with pytest.raises(RuntimeError, match="step-0000012 cannot be read.*Delete it"):
+        run(recipe(tmp_path / "run", features))
+    shutil.rmtree(damaged)
+    assert run(recipe(tmp_path / "run", features)) == whole
+
+
+@pytest.mark.parametrize(
+    "name", ["random-0.pt", "schedule-and-ema.pt", "random_states_0.pkl", "optimizer.bin"]
+)
+def test_a_checkpoint_is_read_without_executing_code(
+    tmp_path: Path, features: Path, name: str
+) -> None:
+    run(recipe(tmp_path / "run", features))
+
+    class Evil:
+        def __reduce__(self):
+            return os.system, (f"touch {tmp_path / 'executed'}",)
+
+    torch.save(Evil(), tmp_path / "run" / "checkpoints" / "step-0000012" / name)
+    # accelerate passes over its own file of random numbers when it is unreadable; ours counts
+    with contextlib.suppress(RuntimeError):
+        run(recipe(tmp_path / "run", features))
+    assert not (tmp_path / "executed").exists()
 
 
 def test_an_export_that_failed_is_made_by_the_next_run(tmp_path: Path, features: Path) -> None:
