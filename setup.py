@@ -62,7 +62,7 @@ class CannotBuild(Exception):
 
 @dataclass(frozen=True)
 class Toolchain:
-    compiler: str
+    compiler: tuple[str, ...]
     compiler_version: str
     torch: Path
     torch_version: str
@@ -118,11 +118,13 @@ def find_toolchain() -> Toolchain:
         wanted = ".".join(map(str, ABI_TARGET))
         raise CannotBuild(f"torch {version} is installed and the kernels need {wanted} or newer")
     candidates = [os.environ["CXX"]] if "CXX" in os.environ else ["c++", "g++", "clang++"]
-    compiler = next((path for name in candidates if (path := shutil.which(name))), None)
+    # CXX may hold a wrapper or flags as well: "ccache g++"
+    commands = (shlex.split(name) for name in candidates)
+    compiler = next((tuple(words) for words in commands if words and shutil.which(words[0])), None)
     if compiler is None:
         raise CannotBuild(f"no C++ compiler was found (looked for {', '.join(candidates)})")
-    described = subprocess.run([compiler, "--version"], capture_output=True, text=True)
-    first_line = described.stdout.splitlines()[0] if described.stdout else compiler
+    described = subprocess.run([*compiler, "--version"], capture_output=True, text=True)
+    first_line = described.stdout.splitlines()[0] if described.stdout else shlex.join(compiler)
     x86 = platform.machine().lower() in ("x86_64", "amd64")
     return Toolchain(compiler, first_line, torch, version, x86)
 
@@ -225,12 +227,12 @@ class BuildExt(build_ext):
             source, output = (ROOT / name).resolve(), (folder / name).with_suffix(".o")
             output.parent.mkdir(parents=True, exist_ok=True)
             cpu = X86_FLAGS if toolchain.x86 and name in KERNELS else ()
-            command = [toolchain.compiler, *toolchain.flags, *cpu]
+            command = [*toolchain.compiler, *toolchain.flags, *cpu]
             command += ["-MMD", "-MF", str(output.with_suffix(".d")), "-c", str(source)]
             steps.append(Step(output, (source,), (*command, "-o", str(output))))
         objects = tuple(step.output for step in steps)
         linked = folder / library.name
-        link = [toolchain.compiler, *map(str, objects), *toolchain.link_flags, "-o", str(linked)]
+        link = [*toolchain.compiler, *map(str, objects), *toolchain.link_flags, "-o", str(linked)]
         steps.append(Step(linked, objects, tuple(link)))
         run_steps(steps, folder)
         library.parent.mkdir(parents=True, exist_ok=True)
