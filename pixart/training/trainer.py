@@ -256,8 +256,6 @@ class _Loop:
 
     def checkpoint(self, step: int) -> None:
         last = self.run.last_checkpoint()
-        if last is not None and last[0] == step:
-            return
         # a finite loss may come with an infinite gradient, and what it made of the weights must
         # not take a good checkpoint's place
         if not all(bool(p.isfinite().all()) for p in self.module.parameters()):
