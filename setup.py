@@ -31,10 +31,15 @@ PACKAGE = "pixart_kernels"
 NATIVE = os.environ.get("PIXART_KERNELS_NATIVE", "auto")
 ABI_TARGET = (2, 11)
 
+
+def sources(pattern: str) -> tuple[str, ...]:
+    return tuple(sorted(str(path.relative_to(ROOT)) for path in ROOT.glob(pattern)))
+
+
 # compiled for any CPU: they run before the CPU has been checked, when the library is loaded
-SOURCES = ("csrc/registration.cpp", "csrc/adaln/op.cpp")
+SOURCES = ("csrc/registration.cpp", *sources("csrc/*/op.cpp"))
 # compiled for the CPU level below
-KERNELS = ("csrc/adaln/cpu.cpp",)
+KERNELS = sources("csrc/*/cpu.cpp")
 
 # the instructions that torch's own AVX2 kernels are compiled for, and the level's name in
 # torch.backends.cpu.get_cpu_capability()

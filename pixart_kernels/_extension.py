@@ -96,3 +96,33 @@ def status() -> str:
         f"loaded; built with torch {build_info['torch']} for torch {build_info['abi_target']} or "
         f"newer, {build_info['machine']}{f' with {level}' if level else ''}"
     )
+
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def why_not_native(x: torch.Tensor) -> str | None:
+    """Why the compiled CPU kernels cannot run on ``x``, or None."""
+    if problem is not None:
+        return problem
+    if x.device.type != "cpu":
+        return f"native kernels run on the CPU and x is on {x.device}"
+    return _why_not_dtype("native", x)
+
+
+def why_not_cuda(x: torch.Tensor) -> str | None:
+    """Why the compiled CUDA kernels cannot run on ``x``, or None."""
+    if problem is not None:
+        return problem
+    cuda = build_info.get("cuda", {})
+    if not cuda.get("built"):
+        return f"CUDA kernels are not built: {cuda.get('reason', 'the build says nothing of them')}"
+    if x.device.type != "cuda":
+        return f"CUDA kernels run on a GPU and x is on {x.device}"
+    return _why_not_dtype("cuda", x)
+
+
+def _why_not_dtype(backend: str, x: torch.Tensor) -> str | None:
+    if x.dtype in DTYPES:
+        return None
+    return f"x is {x.dtype}; {backend} kernels take float32, bfloat16 and float16"

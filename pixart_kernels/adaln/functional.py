@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 from torch import Tensor
 
+from pixart_kernels import _extension
 from pixart_kernels._checks import check_floating, shape, wrong
-from pixart_kernels.adaln import native, reference
+from pixart_kernels.adaln import autograd, native, reference  # noqa: F401  (native fills KERNELS)
 from pixart_kernels.adaln.reference import Gate, Modulation
 from pixart_kernels.dispatch import register, select
 
@@ -144,4 +147,5 @@ def adaln_modulate(
 
 for _op in ("adaln_single", "gated_residual", "gated_residual_adaln", "adaln_modulate"):
     register(_op, "reference", getattr(reference, _op))
-    register(_op, "native", getattr(native, _op), native.reason)
+    register(_op, "native", partial(getattr(autograd, _op), "native"), _extension.why_not_native)
+    register(_op, "cuda", partial(getattr(autograd, _op), "cuda"), _extension.why_not_cuda)
