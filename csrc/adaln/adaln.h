@@ -1,4 +1,4 @@
-// What the adaLN family's checks (op.cpp) hand to its kernels (cpu.cpp).
+// What the adaLN family's checks (op.cpp) hand to its kernels (cpu.cpp, fwd.cu, bwd.cu).
 #pragma once
 
 #include <cstdint>
@@ -34,11 +34,6 @@ struct TokensOut {
 
 struct Shape {
   int64_t B, N, D;
-
-  // Rows are cut into chunks by shape alone, so that no result depends on the number of threads.
-  // 64 rows amortise composing the modulation; 64 chunks a sample feed the largest machines.
-  int64_t chunk_rows() const { return N > 64 * 64 ? (N + 63) / 64 : 64; }
-  int64_t chunks() const { return (N + chunk_rows() - 1) / chunk_rows(); }
 };
 
 // x_new = x + gate * branch when there is a branch; h = LN(x_new) * (1 + scale) + shift when
@@ -61,7 +56,8 @@ struct Backward {
   Row gate, scale;
   const float* stats = nullptr;  // [2, B, N]
   TokensOut dx, dbranch;
-  float* partial = nullptr;  // [B, chunks, vectors, D padded to whole vectors]
+  int64_t chunks = 0;
+  float* partial = nullptr;  // [B, chunks, vectors, partial_stride]
 };
 
 // The gradients of one (table, t) pair out of the chunks' sums: dt[b, r] is the sum over chunks
@@ -72,6 +68,7 @@ struct Fold {
   };
   Shape shape;
   const float* partial = nullptr;
+  int64_t chunks = 0;   // of each sample
   int64_t vectors = 0;  // in each chunk's slice of partial
   Use uses[2] = {};
   int used = 0;
@@ -82,10 +79,21 @@ struct Fold {
   DType dt_dtype = DType::kFloat32;
 };
 
-int64_t partial_stride(const Shape& shape);
+// Columns of a vector in `partial`: D, filled up to whole vectors of 8.
+constexpr int64_t partial_stride(const Shape& shape) {
+  return (shape.D + 7) / 8 * 8;
+}
 
-void forward_cpu(const Forward& call);
-void backward_cpu(const Backward& call);
-void fold_cpu(const Fold& call);
+// One device's kernels. A sample's rows are cut into chunks, whose sums are then added in order:
+// no atomics, so that results repeat bit for bit. `stream` is not read on the CPU.
+struct Kernels {
+  int64_t (*chunks)(const Shape& shape);
+  void (*forward)(const Forward& call, void* stream);
+  void (*backward)(const Backward& call, void* stream);
+  void (*fold)(const Fold& call, void* stream);
+};
+
+extern const Kernels kCpu;
+extern const Kernels kCuda __attribute__((weak));  // absent from a build without CUDA
 
 }  // namespace pixart::adaln

@@ -20,23 +20,6 @@ namespace {
 constexpr int64_t kElementsPerThread = 32768;
 
 template <class T>
-struct Type {
-  using type = T;
-};
-
-template <class F>
-void visit(DType dtype, F f) {
-  switch (dtype) {
-    case DType::kFloat32:
-      return f(Type<float>{});
-    case DType::kBFloat16:
-      return f(Type<Bf16>{});
-    case DType::kFloat16:
-      return f(Type<Fp16>{});
-  }
-}
-
-template <class T>
 const T* row_of(const TokensIn& tokens, int64_t b, int64_t n) {
   return static_cast<const T*>(tokens.data) + b * tokens.batch_stride + n * tokens.row_stride;
 }
@@ -64,11 +47,21 @@ void compose(const Row& row, float plus, int64_t b, int64_t D, float* out) {
   for (int64_t d = 0; d < padded_to_lanes(D); ++d) out[d] += plus;
 }
 
+// Rows are cut by shape alone, so that no result depends on the number of threads. 64 rows
+// amortise composing the modulation; 64 chunks a sample feed the largest machines.
+int64_t chunk_rows(const Shape& shape) {
+  return shape.N > 64 * 64 ? (shape.N + 63) / 64 : 64;
+}
+
+int64_t chunks_of(const Shape& shape) {
+  return (shape.N + chunk_rows(shape) - 1) / chunk_rows(shape);
+}
+
 // Calls body(b, chunk, first row, last row) for each chunk, chunks shared among torch's threads;
 // make_body() makes each thread's own body, with its scratch.
 template <class MakeBody>
 void for_chunks(const Shape& shape, MakeBody make_body) {
-  const int64_t chunks = shape.chunks(), rows = shape.chunk_rows();
+  const int64_t chunks = chunks_of(shape), rows = chunk_rows(shape);
   if (shape.B == 0 || chunks == 0 || shape.D == 0) return;
   const int64_t elements = std::min(rows, shape.N) * shape.D;
   const int64_t grain = std::max<int64_t>(1, kElementsPerThread / elements);
@@ -172,7 +165,7 @@ struct BackwardRows {
 
   void operator()(int64_t b, int64_t chunk, int64_t begin, int64_t end) {
     const int64_t D = call.shape.D;
-    float* sums = call.partial + (b * call.shape.chunks() + chunk) * kVectors * padded();
+    float* sums = call.partial + (b * call.chunks + chunk) * kVectors * padded();
     std::fill_n(sums, kVectors * padded(), 0.f);
     if constexpr (kGate) compose(call.gate, 0.f, b, D, gate.data());
     if constexpr (kNorm) compose(call.scale, 1.f, b, D, scale1.data());
@@ -238,14 +231,8 @@ void run(const Call& call) {
   for_chunks(call.shape, [&] { return Rows(call); });
 }
 
-}  // namespace
-
-int64_t partial_stride(const Shape& shape) {
-  return padded_to_lanes(shape.D);
-}
-
 // h has x's dtype if that is 16-bit; a residual in fp32 lets the branch (or t) choose.
-void forward_cpu(const Forward& call) {
+void forward(const Forward& call, void*) {
   const bool norm = bool(call.scale);
   visit(call.x.dtype, [&](auto x_tag) {
     using X = typename decltype(x_tag)::type;
@@ -270,7 +257,7 @@ void forward_cpu(const Forward& call) {
   });
 }
 
-void backward_cpu(const Backward& call) {
+void backward(const Backward& call, void*) {
   const bool norm = bool(call.scale), gated = bool(call.gate);
   const DType x_dtype = norm ? call.dx.dtype : call.dx_new.dtype;
   visit(x_dtype, [&](auto x_tag) {
@@ -298,10 +285,10 @@ void backward_cpu(const Backward& call) {
   });
 }
 
-void fold_cpu(const Fold& call) {
+void fold(const Fold& call, void*) {
   constexpr int64_t kColumns = 64;
   const auto [B, N, D] = call.shape;
-  const int64_t R = call.table_rows, chunks = call.shape.chunks();
+  const int64_t R = call.table_rows, chunks = call.chunks;
   const int64_t stride = partial_stride(call.shape);
   const int64_t blocks = (D + kColumns - 1) / kColumns;
   const int64_t work = std::max<int64_t>(1, B * (chunks * call.used + R) * kColumns);
@@ -338,5 +325,9 @@ void fold_cpu(const Fold& call) {
     }
   });
 }
+
+}  // namespace
+
+const Kernels kCpu = {chunks_of, forward, backward, fold};
 
 }  // namespace pixart::adaln

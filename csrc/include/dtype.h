@@ -1,15 +1,18 @@
-// The storage types that kernels read and write; all arithmetic is fp32.
+// The storage types that kernels read and write; all arithmetic is fp32. Free of torch and CUDA.
 #pragma once
-
-#include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/core/ScalarType.h>
-#include <torch/headeronly/util/Exception.h>
 
 #include <cstdint>
 
 namespace pixart {
 
 enum class DType : int8_t { kFloat32, kBFloat16, kFloat16 };
+
+struct Bf16 {
+  uint16_t bits;
+};
+struct Fp16 {
+  uint16_t bits;
+};
 
 inline bool is_16_bit(DType dtype) {
   return dtype != DType::kFloat32;
@@ -19,30 +22,21 @@ inline int64_t item_size(DType dtype) {
   return is_16_bit(dtype) ? 2 : 4;
 }
 
-inline DType dtype_of(const torch::stable::Tensor& tensor, const char* name) {
-  using torch::headeronly::ScalarType;
-  switch (tensor.scalar_type()) {
-    case ScalarType::Float:
-      return DType::kFloat32;
-    case ScalarType::BFloat16:
-      return DType::kBFloat16;
-    case ScalarType::Half:
-      return DType::kFloat16;
-    default:
-      STD_TORCH_CHECK(false, "`", name, "` has an unsupported dtype; accepted: float32, bfloat16, ",
-                      "float16");
-  }
-}
+template <class T>
+struct Type {
+  using type = T;
+};
 
-inline torch::headeronly::ScalarType scalar_type(DType dtype) {
-  using torch::headeronly::ScalarType;
+// Calls f(Type<T>{}) with the storage type that dtype names.
+template <class F>
+auto visit(DType dtype, F f) {
   switch (dtype) {
     case DType::kBFloat16:
-      return ScalarType::BFloat16;
+      return f(Type<Bf16>{});
     case DType::kFloat16:
-      return ScalarType::Half;
+      return f(Type<Fp16>{});
     default:
-      return ScalarType::Float;
+      return f(Type<float>{});
   }
 }
 

@@ -14,6 +14,8 @@
 #include <immintrin.h>
 #endif
 
+#include "dtype.h"
+
 #define PIXART_INLINE inline __attribute__((always_inline))
 
 namespace pixart {
@@ -24,13 +26,6 @@ using F32x8 = float __attribute__((vector_size(32)));
 using I32x8 = int32_t __attribute__((vector_size(32)));
 using U32x8 = uint32_t __attribute__((vector_size(32)));
 using U16x8 = uint16_t __attribute__((vector_size(16)));
-
-struct Bf16 {
-  uint16_t bits;
-};
-struct Fp16 {
-  uint16_t bits;
-};
 
 // Which lanes of a vector lie inside the row.
 struct All {};
@@ -149,6 +144,41 @@ PIXART_INLINE F32x8 rounded_to(F32x8 v) {
     narrow(stored, v);
     return widen(stored);
   }
+}
+
+// The bounds leave a NaN as it is.
+PIXART_INLINE F32x8 at_least(F32x8 v, float bound) {
+#ifdef __AVX2__
+  return (F32x8)_mm256_max_ps((__m256)splat(bound), (__m256)v);
+#else
+  return v < bound ? splat(bound) : v;
+#endif
+}
+PIXART_INLINE F32x8 at_most(F32x8 v, float bound) {
+#ifdef __AVX2__
+  return (F32x8)_mm256_min_ps((__m256)splat(bound), (__m256)v);
+#else
+  return v > bound ? splat(bound) : v;
+#endif
+}
+
+// e^v within two units in the last place; infinite from 88.4 on, and e^-87 below -87.
+PIXART_INLINE F32x8 exp(F32x8 v) {
+  v = at_most(at_least(v, -87.f), 89.f);
+  // v = n ln 2 + r with |r| <= ln 2 / 2; adding 1.5 * 2^23 leaves n in the low bits. ln 2 in two
+  // parts, the first short enough for an exact product
+  constexpr float kRound = 12582912.f;
+  const F32x8 shifted = v * 1.44269504f + kRound;
+  const F32x8 n = shifted - kRound;
+  const F32x8 r = (v - n * 0.693359375f) + n * 2.12194440e-4f;
+  // (e^r - 1 - r) / r^2, minimax: e^r to 4e-9
+  F32x8 p = r * 1.38145406e-3f + 8.36874545e-3f;
+  p = p * r + 4.16683890e-2f;
+  p = p * r + 1.66665211e-1f;
+  p = p * r + 4.99999940e-1f;
+  p = p * (r * r) + r + 1.f;
+  const F32x8 power = (F32x8)(((U32x8)shifted << 23) + 0x3f800000u);
+  return p * power;
 }
 
 // Four running sums, so that the next addition need not wait for the last.
