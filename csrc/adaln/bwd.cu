@@ -44,7 +44,7 @@ __global__ void __launch_bounds__(kD ? threads_for(kD).count() : kMaxThreads, kD
   constexpr bool kCrowded = kBranch && kNorm;
   constexpr int kThreads = kD ? threads_for(kD).count() : kMaxThreads;
   __shared__ float shared[2][kCrowded ? kColumns : 1][kThreads];
-  float gate[kColumns], scale1[kColumns];
+  float gate[kColumns] = {}, scale1[kColumns] = {};
   if constexpr (kBranch) compose(call.gate, call.gate.t ? 0.f : 1.f, b, place, gate);
   if constexpr (kNorm) compose(call.scale, 1.f, b, place, scale1);
   if constexpr (kCrowded) {
