@@ -15,6 +15,7 @@ what ptxas said of each CUDA kernel.
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 import json
 import os
@@ -417,6 +418,7 @@ class BuildExt(build_ext):
         self.info.update(
             native=True,
             torch=toolchain.torch_version,
+            schemas=hashlib.sha256((ROOT / "csrc/registration.cpp").read_bytes()).hexdigest()[:12],
             abi_target=".".join(map(str, ABI_TARGET)),
             compiler=toolchain.compiler_version,
             machine=platform.machine(),

@@ -34,4 +34,8 @@ STABLE_TORCH_LIBRARY(pixart_kernels, m) {
       " Tensor? gate_table, Tensor? gate_t, int gate_row, Tensor table, Tensor t, Tensor stats,"
       " int shift_row, int scale_row) -> (Tensor dx, Tensor dbranch, Tensor dgate_table,"
       " Tensor dgate_t, Tensor dtable, Tensor dt)");
+
+  // The MLP's bias and tanh-GELU. x and dy are (rows, D), bias (D,); dx has x's dtype.
+  m.def("bias_gelu_fwd(Tensor x, Tensor bias) -> Tensor y");
+  m.def("bias_gelu_bwd(Tensor dy, Tensor x, Tensor bias) -> (Tensor dx, Tensor dbias)");
 }

@@ -13,11 +13,13 @@ from pixart_kernels.adaln import (
 from pixart_kernels.attention import attention, cross_attention, self_attention
 from pixart_kernels.dispatch import use_backend
 from pixart_kernels.kv_compression import compress_kv
+from pixart_kernels.mlp import bias_gelu
 
 __all__ = [
     "adaln_modulate",
     "adaln_single",
     "attention",
+    "bias_gelu",
     "compress_kv",
     "cross_attention",
     "gated_residual",

@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import platform
 import re
@@ -31,6 +32,10 @@ def _major_minor(version: str) -> tuple[int, ...]:
     return tuple(int(number) for number in re.findall(r"\d+", version)[:2])
 
 
+def _digest(file: Path) -> str:
+    return hashlib.sha256(file.read_bytes()).hexdigest()[:12]
+
+
 def _mismatch(info: dict) -> str | None:
     """How this process differs from what the extension was built for, or None."""
     if info.get("package_version") != __version__:
@@ -38,6 +43,9 @@ def _mismatch(info: dict) -> str | None:
             f"the compiled extension was built from version {info.get('package_version')} of "
             f"pixart_kernels and this is version {__version__}; {_REBUILD}"
         )
+    sources = _FOLDER.parent / "csrc" / "registration.cpp"
+    if sources.exists() and info.get("schemas") != _digest(sources):
+        return f"the compiled extension has other ops than the sources beside it; {_REBUILD}"
     target = str(info.get("abi_target", ""))
     if _major_minor(torch.__version__) < _major_minor(target):
         return (
@@ -108,7 +116,7 @@ def why_not_native(x: torch.Tensor) -> str | None:
         return problem
     if x.device.type != "cpu":
         return f"native kernels run on the CPU and x is on {x.device}"
-    return _why_not_dtype("native", x)
+    return why_not_dtype("native", x)
 
 
 def why_not_cuda(x: torch.Tensor) -> str | None:
@@ -120,10 +128,10 @@ def why_not_cuda(x: torch.Tensor) -> str | None:
         return f"CUDA kernels are not built: {cuda.get('reason', 'the build says nothing of them')}"
     if x.device.type != "cuda":
         return f"CUDA kernels run on a GPU and x is on {x.device}"
-    return _why_not_dtype("cuda", x)
+    return why_not_dtype("cuda", x)
 
 
-def _why_not_dtype(backend: str, x: torch.Tensor) -> str | None:
+def why_not_dtype(backend: str, x: torch.Tensor) -> str | None:
     if x.dtype in DTYPES:
         return None
     return f"x is {x.dtype}; {backend} kernels take float32, bfloat16 and float16"

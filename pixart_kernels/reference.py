@@ -8,11 +8,13 @@ from pixart_kernels.adaln.reference import (
 )
 from pixart_kernels.attention.reference import attention, cross_attention, self_attention
 from pixart_kernels.kv_compression.reference import compress_kv
+from pixart_kernels.mlp.reference import bias_gelu
 
 __all__ = [
     "adaln_modulate",
     "adaln_single",
     "attention",
+    "bias_gelu",
     "compress_kv",
     "cross_attention",
     "gated_residual",

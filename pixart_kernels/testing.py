@@ -1,9 +1,15 @@
-"""What the tests of every kernel share: the error rule, and allocations poisoned with NaN."""
+"""What the tests of every kernel share: the error rule, allocations poisoned with NaN, and what
+a Triton kernel becomes when it is compiled."""
 
 from __future__ import annotations
 
+import re
+import subprocess
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -62,3 +68,89 @@ def poisoned_allocations() -> Iterator[None]:
     finally:
         torch.utils.deterministic.fill_uninitialized_memory = filled  # type: ignore[attr-defined]
         torch.use_deterministic_algorithms(was_deterministic, warn_only=warn_only)
+
+
+@dataclass(frozen=True)
+class Launch:
+    """A call of a Triton kernel: ``kernel[grid](*arguments, **options)``."""
+
+    kernel: Any
+    arguments: tuple
+    options: dict
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What one compiled Triton kernel takes of a multiprocessor."""
+
+    registers: int  # of each thread
+    stack: int  # bytes of each thread; more than none are registers that spilled
+    shared: int  # bytes of each program
+    loads: tuple[int, ...]  # bytes that each instruction reads from global memory at once
+
+
+@contextmanager
+def recorded_launches(*kernels: Any) -> Iterator[list[Launch]]:
+    """Collects the launches of Triton ``kernels`` in place of making them.
+
+    Their callers run as usual, on tensors of the meta device if need be.
+    """
+    launches: list[Launch] = []
+
+    def record(kernel):
+        def run(*arguments, grid, warmup, **options):
+            launches.append(Launch(kernel, arguments, options))
+
+        return run
+
+    for kernel in kernels:
+        kernel.run = record(kernel)
+    try:
+        yield launches
+    finally:
+        for kernel in kernels:
+            del kernel.run
+
+
+def compiled_resources(launch: Launch, arch: int) -> Resources:
+    """Compiles a Triton kernel as ``launch`` would, for compute capability ``arch`` (90: 9.0).
+
+    Needs no GPU: the tools that read the result come with Triton. Tensors are taken to begin at
+    multiples of 16 bytes, and integers to be any number of their annotated type.
+
+    Raises RuntimeError where kernels are interpreted: they cannot be compiled there.
+    """
+    import triton
+    from triton._utils import type_canonicalisation_dict
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    if triton.knobs.runtime.interpret:
+        raise RuntimeError("TRITON_INTERPRET=1 is set: start a process without it")
+    types, constants, aligned = {}, {}, {}
+    for i, parameter in enumerate(launch.kernel.params):
+        value = launch.arguments[i]
+        if parameter.is_constexpr or value is None:
+            types[parameter.name], constants[parameter.name] = "constexpr", value
+        elif isinstance(value, Tensor):
+            dtype = str(value.dtype).removeprefix("torch.")
+            types[parameter.name] = "*" + type_canonicalisation_dict[dtype]
+            aligned[i,] = [["tt.divisibility", 16]]
+        else:
+            default = "fp32" if isinstance(value, float) else "i32"
+            types[parameter.name] = parameter.annotation_type or default
+    source = ASTSource(launch.kernel, types, constants, aligned)
+    compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=launch.options)
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
+        cubin.write(compiled.asm["cubin"])
+        cubin.flush()
+        command = [triton.knobs.nvidia.cuobjdump.path, "--dump-resource-usage", cubin.name]
+        usage = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    counts = dict(re.findall(r"(\w+):(\d+)", usage))
+    loads = re.findall(r"ld\.global\S*?(?:\.v(\d))?\.[bfus](\d+) ", compiled.asm["ptx"])
+    return Resources(
+        registers=int(counts["REG"]),
+        stack=int(counts["STACK"]),
+        shared=compiled.metadata.shared,
+        loads=tuple(int(vector or 1) * int(bits) // 8 for vector, bits in loads),
+    )

@@ -24,13 +24,6 @@ Tensor allocate(const Tensor& like, const Sizes& sizes, DType dtype) {
   return torch::stable::new_empty(like, sizes, scalar_type(dtype));
 }
 
-// A view is read in place; only a last dimension that is itself strided is copied.
-Tensor with_dense_rows(const Tensor& tensor) {
-  const int64_t last = tensor.dim() - 1;
-  if (tensor.stride(last) == 1 || tensor.size(last) <= 1) return tensor;
-  return torch::stable::contiguous(tensor);
-}
-
 Shape shape_of(const Tensor& x) {
   STD_TORCH_CHECK(x.dim() == 3, "`x` has ", x.dim(), " dimensions; accepted: (B, N, D)");
   return {x.size(0), x.size(1), x.size(2)};

@@ -1,6 +1,7 @@
 // Between torch's stable tensors and the kernels' plain pointers.
 #pragma once
 
+#include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 #include <torch/headeronly/util/Exception.h>
@@ -34,6 +35,13 @@ inline torch::headeronly::ScalarType scalar_type(DType dtype) {
     default:
       return ScalarType::Float;
   }
+}
+
+// A view is read in place; only a last dimension that is itself strided is copied.
+inline torch::stable::Tensor with_dense_rows(const torch::stable::Tensor& tensor) {
+  const int64_t last = tensor.dim() - 1;
+  if (tensor.stride(last) == 1 || tensor.size(last) <= 1) return tensor;
+  return torch::stable::contiguous(tensor);
 }
 
 }  // namespace pixart

@@ -1,7 +1,7 @@
 """What PyTorch must know of the adaLN kernels, whatever backend they are: derivatives and shapes.
 
-Each Function saves its inputs and (2, B, N) of fp32 mean and 1/std, nothing of size (B, N, D)
-besides x (or x_new). First derivatives only.
+Each Function saves its inputs and (2, B, N) of fp32 mean and 1/std; of size (B, N, D) that is x (or
+x_new), and branch where there is a gate. First derivatives only.
 """
 
 from __future__ import annotations
@@ -87,6 +87,9 @@ class GatedResidualAdalnFunction(torch.autograd.Function):
         x_new, h, stats = KERNELS[kernels].gated_residual_adaln_fwd(
             x, branch, gate_table, gate_t, gate_row, table, t, shift_row, scale_row, eps
         )
+        if gate_t is None:
+            # the backward needs its type alone: what is saved has its shape and one row of memory
+            branch = branch.new_empty(branch.shape[-1]).expand(branch.shape)
         ctx.save_for_backward(x_new, branch, gate_table, gate_t, table, t, stats)
         ctx.options = kernels, gate_row, shift_row, scale_row
         ctx.set_materialize_grads(False)

@@ -6,11 +6,14 @@ from functools import partial
 
 from torch import Tensor
 
-from pixart_kernels import _extension
+from pixart_kernels import _triton
 from pixart_kernels._checks import check_floating, shape, wrong
-from pixart_kernels.adaln import autograd, native, reference  # noqa: F401  (native fills KERNELS)
+from pixart_kernels.adaln import autograd, native, reference
 from pixart_kernels.adaln.reference import Gate, Modulation
 from pixart_kernels.dispatch import register, select
+
+if _triton.problem is None:
+    from pixart_kernels.adaln import triton  # noqa: F401  (fills KERNELS)
 
 
 def _check_tokens(op: str, x: Tensor, branch: Tensor | None = None) -> None:
@@ -147,5 +150,6 @@ def adaln_modulate(
 
 for _op in ("adaln_single", "gated_residual", "gated_residual_adaln", "adaln_modulate"):
     register(_op, "reference", getattr(reference, _op))
-    register(_op, "native", partial(getattr(autograd, _op), "native"), _extension.why_not_native)
-    register(_op, "cuda", partial(getattr(autograd, _op), "cuda"), _extension.why_not_cuda)
+    register(_op, "native", partial(getattr(autograd, _op), "native"), native.why_not_native)
+    register(_op, "triton", partial(getattr(autograd, _op), "triton"), _triton.why_not_triton)
+    register(_op, "cuda", partial(getattr(autograd, _op), "cuda"), native.why_not_cuda)

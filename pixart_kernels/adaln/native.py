@@ -9,6 +9,7 @@ threads.
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
 from pixart_kernels import _extension
 from pixart_kernels.adaln.autograd import KERNELS, Kernels, register_fakes
@@ -19,3 +20,16 @@ if _extension.problem is None:
     KERNELS["native"] = KERNELS["cuda"] = Kernels(
         *(getattr(torch.ops.pixart_kernels, name).default for name in Kernels._fields)
     )
+
+# csrc/include/device.cuh: a row is held by one block of threads
+CUDA_MAX_WIDTH = 4096
+
+why_not_native = _extension.why_not_native
+
+
+def why_not_cuda(x: Tensor) -> str | None:
+    """Why the compiled CUDA kernels cannot run on ``x``, or None."""
+    reason = _extension.why_not_cuda(x)
+    if reason is None and x.shape[-1] > CUDA_MAX_WIDTH:
+        reason = f"x has rows of {x.shape[-1]}; cuda kernels take at most {CUDA_MAX_WIDTH} elements"
+    return reason

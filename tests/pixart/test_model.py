@@ -259,6 +259,65 @@ def test_the_gate_is_a_tanh() -> None:
         assert cross(x, text, lengths).dtype == torch.bfloat16
 
 
+def test_hooks_and_adapters_see_the_first_mlp_layer() -> None:
+    """It is called as a module, though its bias is added later, with the GELU."""
+    model, arguments = randomized(SMALL), inputs(SMALL)
+    fc1, seen = model.blocks[1].mlp.fc1, []
+    assert isinstance(fc1, torch.nn.Linear)
+
+    def adapter(module: torch.nn.Module, args: tuple, output: torch.Tensor) -> torch.Tensor:
+        seen.append((args[0], output))
+        return output + 0.5
+
+    handle = fc1.register_forward_hook(adapter)
+    adapted = model(**arguments)
+    [(h, product)] = seen
+    torch.testing.assert_close(product, h @ fc1.weight.T)
+    handle.remove()
+    with torch.no_grad():
+        fc1.bias += 0.5
+    torch.testing.assert_close(adapted, model(**arguments))
+
+
+class Adapter(torch.nn.Module):
+    """As adapters for fine-tuning wrap a layer."""
+
+    def __init__(self, base_layer: torch.nn.Linear) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+
+    @property
+    def bias(self) -> torch.Tensor:
+        return self.base_layer.bias
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.base_layer(x)
+
+
+def copied(linear: torch.nn.Linear) -> torch.nn.Linear:
+    """As quantisers replace a layer."""
+    other = torch.nn.Linear(linear.in_features, linear.out_features)
+    other.load_state_dict(linear.state_dict())
+    return other
+
+
+@pytest.mark.parametrize("change", [Adapter, copied])
+def test_a_changed_first_mlp_layer_has_its_bias_added_once(change) -> None:
+    mlp, x = randomized(SMALL).blocks[0].mlp, torch.randn(2, 3, 72)
+    expected = mlp(x)
+    mlp.fc1 = change(mlp.fc1)
+    torch.testing.assert_close(mlp(x), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_the_mlp_stays_in_autocasts_dtype(dtype: torch.dtype) -> None:
+    mlp, seen = randomized(SMALL).blocks[0].mlp, []
+    mlp.fc2.register_forward_pre_hook(lambda module, args: seen.append(args[0].dtype))
+    with torch.autocast("cpu", dtype):
+        assert mlp(torch.randn(2, 3, 72)).dtype == dtype
+    assert seen == [dtype]
+
+
 def test_fresh_model_predicts_zero() -> None:
     assert not PixArt(SMALL)(**inputs(SMALL)).any()
 

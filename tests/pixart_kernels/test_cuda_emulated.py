@@ -47,6 +47,8 @@ def emulated_package(tmp_path_factory: pytest.TempPathFactory) -> Path:
         *("-std=c++17", "-O1", "-fPIC", "-fvisibility=hidden"),
         # 16-byte accesses are written as CUDA writes them
         *("-fno-strict-aliasing", "-Wno-unknown-pragmas"),
+        # x86 forgives what a GPU does not
+        *("-fsanitize=alignment", "-fsanitize-undefined-trap-on-error"),
         *("-DPIXART_KERNELS_EMULATED", "-DTORCH_TARGET_VERSION=0x020b000000000000"),
         *("-isystem", str(torch_folder / "include")),
     ]

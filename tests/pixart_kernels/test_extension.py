@@ -91,6 +91,17 @@ def test_another_package_version(copied):
 
 
 @built
+def test_sources_that_have_gained_an_op(copied):
+    """As after an update of an editable checkout."""
+    sources = copied.parent / "csrc" / "registration.cpp"
+    sources.parent.mkdir()
+    sources.write_bytes((PACKAGE.parent / "csrc" / "registration.cpp").read_bytes())
+    mentions(status_of(copied), "loaded")
+    sources.write_text("another op")
+    mentions(status_of(copied), "other ops than the sources", "rebuild")
+
+
+@built
 def test_torch_older_than_the_abi_target(copied):
     edit_build_info(copied, abi_target="9.9", torch="9.9.1")
     mentions(status_of(copied), "torch 9.9.1", "9.9 or newer", torch.__version__, "upgrade")
