@@ -1,60 +1,204 @@
-"""Writes the README's benchmark tables from the result files: ``python -m benchmarks.report``."""
+"""Writes the README's benchmark tables from the result files: ``python -m benchmarks report``."""
 
 from __future__ import annotations
 
+import argparse
 import json
+from collections.abc import Callable
 from pathlib import Path
 
+from benchmarks.registry import TINY
+
 ROOT = Path(__file__).parents[1]
-RESULTS = "benchmarks/results/cpu"
-RIVALS = ("eager", "torch.compile")
+RESULTS = "benchmarks/results"
+CPU_RIVALS = ("eager", "torch.compile")
+LARGE_TOKENS = 32 * 1024  # from here on a GPU is full, and bandwidth all that counts
 
 
-def table(file: Path) -> str:
-    """Ratios rival / native of the median wall time, lowest to highest over shapes."""
-    rows = [json.loads(line) for line in file.read_text().splitlines()]
-    wall = [row for row in rows if row["clock"] == "wall"]
-    kinds = sorted({(row["dtype"], row["pass"]) for row in wall}, key=lambda k: (k[0][0] != "f", k))
-    ops = list(dict.fromkeys(row["op"] for row in wall))
+def _rows(file: Path) -> list[dict]:
+    return [json.loads(line) for line in file.read_text().splitlines()]
+
+
+def _link(file: Path) -> str:
+    return f"[{file.relative_to(ROOT)}]({file.relative_to(ROOT)})"
+
+
+def _span(values: list[float], digits: int = 1) -> str:
+    """Lowest to highest."""
+    low, high = f"{min(values):.{digits}f}", f"{max(values):.{digits}f}"
+    return low if low == high else f"{low}–{high}"
+
+
+def _ratios(rows: list[dict], rival: str, ours: Callable[[dict], str]) -> str:
+    """How many times as fast ``ours`` is as ``rival``; bold where the rival was the faster."""
+    pairs = [(row["timings"].get(rival), row["timings"].get(ours(row))) for row in rows]
+    ratios = [them["median"] / us["median"] for them, us in pairs if them and us]
+    if not ratios:
+        return "–"
+    if min(ratios) >= 1:
+        return _span(ratios)
+    # two digits, or 0.97 would read as a draw
+    return f"**{_span(ratios, 2)}**"
+
+
+def _missing(rows: list[dict]) -> str:
+    """What a table's ratios do not contain."""
+    unmeasured = sum("not_measured" in row for row in rows)
+    wrong = sorted({name for row in rows for name in row.get("incorrect", ())})
+    return (f" Cases not measured: {unmeasured}." if unmeasured else "") + (
+        f" Failed the check at some shape, and was not timed there: {', '.join(wrong)}."
+        if wrong
+        else ""
+    )
+
+
+def cpu_table(file: Path) -> str:
+    """Ratios of the median wall time, lowest to highest over shapes."""
+    rows = _rows(file)
+    measured = [row for row in rows if "timings" in row]
+    usual = [row for row in measured if tuple(row["shape"]) != TINY]
+    kinds = sorted(
+        {(row["dtype"], row["pass"]) for row in usual}, key=lambda kind: (kind[0][0] != "f", kind)
+    )
     lines = [
         "| times as fast as eager / `torch.compile` | "
         + " | ".join(f"{dtype} {which}" for dtype, which in kinds)
         + " |",
         "|---|" + "---|" * len(kinds),
     ]
-    for op in ops:
+    for op in dict.fromkeys(row["op"] for row in usual):
         cells = []
         for kind in kinds:
-            found = [r for r in wall if r["op"] == op and (r["dtype"], r["pass"]) == kind]
-            cells.append(" / ".join(_ratios(found, rival) for rival in RIVALS))
+            found = [r for r in usual if r["op"] == op and (r["dtype"], r["pass"]) == kind]
+            against = [_ratios(found, rival, lambda _: "native") for rival in CPU_RIVALS]
+            compiled = _ratios(found, "torch.compile", lambda _: "native, compiled")
+            cells.append(" / ".join(against) + (f" ({compiled})" if compiled != "–" else ""))
         lines.append(f"| `{op}` | " + " | ".join(cells) + " |")
-    one = rows[0]
-    shapes = sorted({tuple(row["shape"]) for row in wall}, reverse=True)
-    disturbed = sum(not row["quiet"] for row in wall)
-    lines += [
-        "",
-        f"{one['device']}, {wall[0]['threads']} threads, torch {one['torch']}, commit "
-        f"{one['commit']}; medians of interleaved calls, lowest to highest over "
+    one = measured[0]
+    shapes = sorted({tuple(row["shape"]) for row in usual}, reverse=True)
+    disturbed = sum(not row["quiet"] for row in usual)
+    caption = [
+        f"{one['device']}, {one['threads']} threads, torch {one['torch']}, commit {one['commit']}; "
+        "medians of interleaved calls, lowest to highest over "
         f"{', '.join('×'.join(map(str, shape)) for shape in shapes)}; "
         + (
-            f"{disturbed} of {len(wall)} rows were measured beside other work. "
+            f"{disturbed} of {len(usual)} rows were measured beside other work."
             if disturbed
-            else "measured on a quiet machine. "
+            else "measured on a quiet machine."
         )
-        + f"Spread and single rows: [{file.relative_to(ROOT)}]({file.relative_to(ROOT)}).",
     ]
-    return "\n".join(lines)
+    if "(" in "".join(lines[2:]):
+        caption.append("In brackets: the op inside `torch.compile`, against Inductor's own code.")
+    if "**" in "".join(lines):
+        caption.append("Bold: at some shape the rival was faster.")
+    caption += _call_overhead([row for row in measured if row not in usual])
+    caption.append(f"Spread and single rows: {_link(file)}.{_missing(rows)}")
+    picture = f"docs/images/{file.stem}-cpu.png"
+    if (ROOT / picture).exists():
+        lines += ["", f"![Speed-up over eager PyTorch, by shape]({picture})"]
+    return "\n".join([*lines, "", " ".join(caption)])
 
 
-def _ratios(rows: list[dict], rival: str) -> str:
-    ratios = [r["timings"][rival]["median"] / r["timings"]["native"]["median"] for r in rows]
-    low, high = f"{min(ratios):.1f}", f"{max(ratios):.1f}"
-    return low if low == high else f"{low}–{high}"
+def _call_overhead(rows: list[dict]) -> list[str]:
+    """One sentence on what a call costs where there is nothing to compute."""
+    rows = [row for row in rows if {"native", "eager"} <= set(row["timings"])]
+    if not rows:
+        return []
+    parts = []
+    for row in rows:
+        ours, eager = (1e3 * row["timings"][name]["median"] for name in ("native", "eager"))
+        parts.append(f"`{row['op']}` {row['pass']} {ours:.0f} ({eager:.0f})")
+    shape = "×".join(map(str, rows[0]["shape"]))
+    return [f"One eager call on {shape}, in µs, eager PyTorch in brackets: {', '.join(parts)}."]
+
+
+def gpu_table(file: Path) -> str:
+    """Rates and ratios of the faster of our backends, for one GPU."""
+    rows = _rows(file)
+    usual = [row for row in rows if "timings" in row and tuple(row["shape"]) != TINY]
+
+    def ours(row: dict) -> str:
+        backends = [name for name in ("cuda", "triton") if name in row["timings"]]
+        return min(backends, key=lambda name: row["timings"][name]["median"], default="none")
+
+    named = {name for row in usual for name in row["timings"]}
+    rivals = sorted(name for name in named if name.split(",")[0] not in ("cuda", "triton", "copy"))
+    lines = [
+        "| L2-cold | GB/s | % of a copy | times as fast as " + " | ".join(rivals) + " |",
+        "|---|---|---|" + "---|" * len(rivals),
+    ]
+    for op, which in dict.fromkeys((row["op"], row["pass"]) for row in usual):
+        found = [r for r in usual if (r["op"], r["pass"]) == (op, which) and ours(r) != "none"]
+        large = [row for row in found if _tokens(row) >= LARGE_TOKENS]
+        rates = [row["bytes"] / row["timings"][ours(row)]["median"] / 1e6 for row in large]
+        shares = [
+            100 * row["timings"]["copy"]["median"] / row["timings"][ours(row)]["median"]
+            for row in large
+        ]
+        cells = [_span(values, 0) if values else "–" for values in (rates, shares)]
+        cells += [_ratios(found, rival, ours) for rival in rivals]
+        lines.append(f"| `{op}` {which} | " + " | ".join(cells) + " |")
+    one = rows[0]
+    caption = (
+        f"{one['device']}, driver {one.get('driver_version')}, torch {one['torch']}, triton "
+        f"{one['triton']}, commit {one['commit']}; the faster of our backends, rates from "
+        f"{LARGE_TOKENS // 1024}k tokens on, ratios over all shapes, bold where a rival was "
+        f"faster at some shape. {_link(file)}.{_missing(rows)}"
+    )
+    return "\n".join([*lines, "", caption])
+
+
+def _tokens(row: dict) -> int:
+    count = 1
+    for size in row["shape"][:-1]:
+        count *= size
+    return count
+
+
+def gpu(results: Path, family: str) -> str:
+    files = sorted(results.glob(f"sm_*/{family}.jsonl"))
+    if not files:
+        why = "nothing here has run on a GPU yet: [docs/hardware.md](docs/hardware.md)"
+        return f"There are no GPU figures yet, because {why}."
+    return "\n\n".join(gpu_table(file) for file in files)
+
+
+def block(file: Path) -> str:
+    """A training step's time and memory, with the ops and without."""
+    rows = _rows(file)
+    names = list(rows[0]["timings"])
+    lines = [
+        "| training step | " + " | ".join(names) + " |",
+        "|---|" + "---|" * len(names),
+    ]
+    for row in rows:
+        cells = []
+        for name in names:
+            if name not in row["timings"]:
+                cells.append("wrong")
+                continue
+            time = row["timings"][name]["median"]
+            saved, peak = (row["memory"][name][key] / 2**20 for key in ("saved", "peak"))
+            ratio = row["timings"]["eager"]["median"] / time
+            text = f"{time:.3g} ms, {ratio:.2f}×; {saved:.0f}, {peak:.0f} MiB"
+            cells.append(f"**{text}**" if ratio < 1 else text)
+        lines.append(f"| {row['part']}, {row['shape'][1]} tokens | " + " | ".join(cells) + " |")
+    one = rows[0]
+    disturbed = sum(not row["quiet"] for row in rows)
+    caption = (
+        f"Milliseconds, times as fast as eager without the ops (bold: slower), MiB saved for the "
+        f"backward, and MiB at the peak without parameter gradients. {one['device']}, "
+        f"{one['dtype']}, batch {one['shape'][0]}, {one['text']} tokens of text, torch "
+        f"{one['torch']}, commit {one['commit']}"
+        + (f"; {disturbed} of {len(rows)} rows beside other work" if disturbed else "")
+        + f". {_link(file)}."
+    )
+    return "\n".join([*lines, "", caption])
 
 
 def quickstart(file: Path) -> str:
     """What the quickstart reached and how long it took, over the seeds that were run."""
-    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    rows = _rows(file)
 
     def span(values: list[float], unit: str, digits: int = 0) -> str:
         low, high = (f"{value:.{digits}f}" for value in (min(values), max(values)))
@@ -77,22 +221,33 @@ def quickstart(file: Path) -> str:
         f"threads of an {one['device']} (autoencoder {seconds('autoencoder')}, transformer "
         f"{seconds('transformer')}, drawing {seconds('drawing')}), other work keeping at most "
         f"{foreign:.2f} cores busy. Commit {one['commit']}, torch {one['torch']}, "
-        f"[{file.relative_to(ROOT)}]({file.relative_to(ROOT)})."
+        f"{_link(file)}."
     )
 
 
-BLOCKS = {"adaln": table, "quickstart": quickstart}
+# marker in the README -> its text; what has no marker there is not written
+BLOCKS: dict[str, Callable[[Path], str]] = {
+    "adaln": lambda results: cpu_table(results / "cpu" / "adaln.jsonl"),
+    "mlp": lambda results: cpu_table(results / "cpu" / "mlp.jsonl"),
+    "block": lambda results: block(results / "cpu" / "block.jsonl"),
+    "gpu": lambda results: gpu(results, "adaln"),
+    "quickstart": lambda results: quickstart(results / "cpu" / "quickstart.jsonl"),
+}
 
 
 def updated_readme(readme: str) -> str:
     for name, text in BLOCKS.items():
         begin, end = f"<!-- {name}: begin -->", f"<!-- {name}: end -->"
+        if begin not in readme:
+            continue
         before, _, rest = readme.partition(begin)
         _, _, after = rest.partition(end)
-        readme = f"{before}{begin}\n{text(ROOT / RESULTS / f'{name}.jsonl')}\n{end}{after}"
+        readme = f"{before}{begin}\n{text(ROOT / RESULTS)}\n{end}{after}"
     return readme
 
 
-if __name__ == "__main__":
+def main(argv: list[str]) -> None:
+    description = (__doc__ or "").splitlines()[0]
+    argparse.ArgumentParser("python -m benchmarks report", description=description).parse_args(argv)
     path = ROOT / "README.md"
     path.write_text(updated_readme(path.read_text()))

@@ -1,215 +1,111 @@
-"""Times every provider of an op family: ``python -m benchmarks.run --op adaln --device cpu``.
+"""Times every provider of an op family: ``python -m benchmarks run --op adaln --budget 600``.
 
-Before anything is timed, each provider's outputs and gradients are held against the fp32
-reference with the tests' error rule; a provider that fails is reported and not timed. Results go
-to ``benchmarks/results/<device>/<family>.jsonl``, one line for each op, shape, dtype and pass.
+Before anything is timed, each provider's outputs and gradients are held against the definition
+in float64 with the tests' error rule; a provider that fails is reported and not timed. Results go
+to ``benchmarks/results/<device>/<family>.jsonl``, one line for each op, shape, dtype and pass;
+what the budget did not reach has a line too, that says so.
 """
 
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
-import os
-import platform
-import subprocess
-from collections.abc import Callable
+import time
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from benchmarks.registry import FAMILIES, Case
-from benchmarks.timing import Measurement, measure
-from pixart_kernels import _extension, dispatch
-from pixart_kernels.testing import assert_within_eager_error
-
-DTYPES = (torch.float32, torch.bfloat16)
-PASSES = ("forward", "forward+backward")
-CLOCKS = {"cpu": ("wall", "cpu"), "cuda": ("wall",)}
-Provider = Callable[..., tuple[Tensor, ...]]
+from benchmarks import cuda
+from benchmarks.environment import environment, folder
+from benchmarks.providers import call_of, correct_providers
+from benchmarks.registry import FAMILIES, PASSES, TINY, Case
+from benchmarks.timing import Budget, measure
 
 
-def _cpu_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor()
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor()
-
-
-def _commit() -> str:
-    """The commit, marked when the checkout differs from it."""
-    described = subprocess.run(
-        ["git", "describe", "--always", "--dirty", "--abbrev=12"],
-        capture_output=True,
-        text=True,
-        cwd=Path(__file__).parent,
-    )
-    return described.stdout.strip() or "uncommitted"
-
-
-def environment(device: torch.device) -> dict:
-    return {
-        "device": _cpu_name() if device.type == "cpu" else torch.cuda.get_device_name(device),
-        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "extension": _extension.build_info.get("compiler"),
-        "malloc": os.environ.get("MALLOC_MMAP_THRESHOLD_", "default"),
-        "commit": _commit(),
-        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-    }
-
-
-def providers(case: Case, x: Tensor) -> dict[str, Provider]:
-    """Eager and compiled reference, and each other backend that can run here."""
-
-    def provider(backend: str) -> Provider:
-        return lambda *tensors: case.call(backend, *tensors)
-
-    torch._dynamo.reset()
-    found = {"eager": provider("reference")}
-    found["torch.compile"] = torch.compile(found["eager"], dynamic=False)
-    for backend in dispatch.PRIORITY:
-        if backend != "reference" and dispatch.why_not(case.op, backend, x) is None:
-            found[backend] = provider(backend)
-    return found
-
-
-def _leaves(tensors: list[Tensor], dtype: torch.dtype | None = None) -> list[Tensor]:
-    return [t.detach().to(dtype or t.dtype).requires_grad_() for t in tensors]
-
-
-def _outputs_and_gradients(
-    run: Provider, leaves: list[Tensor], out_grads: list[Tensor]
-) -> list[Tensor | None]:
-    outputs = run(*leaves)
-    grads = [g.to(o.dtype) for g, o in zip(out_grads, outputs, strict=True)]
-    return [*outputs, *torch.autograd.grad(outputs, leaves, grads, allow_unused=True)]
-
-
-def wrong(case: Case, run: Provider, tensors: list[Tensor]) -> str | None:
-    """What is wrong with a provider's outputs or gradients, or None."""
-    eager: Provider = lambda *leaves: case.call("reference", *leaves)  # noqa: E731
-    generator = torch.Generator().manual_seed(1)
-    out_grads = [
-        torch.randn(o.shape, generator=generator).to(o.device, o.dtype) for o in eager(*tensors)
-    ]
-    exact = _outputs_and_gradients(eager, _leaves(tensors, torch.float64), out_grads)
-    low = _outputs_and_gradients(eager, _leaves(tensors), out_grads)
-    found = _outputs_and_gradients(run, _leaves(tensors), out_grads)
-    terms = max(tensors[0].shape[0] * tensors[0].shape[1], tensors[0].shape[2])
-    for actual, reference, eager_low in zip(found, exact, low, strict=True):
-        if actual is None or reference is None or eager_low is None:
-            continue
-        try:
-            assert_within_eager_error(actual, reference, eager_low, terms=terms)
-        except AssertionError as error:
-            return str(error)
-    return None
-
-
-def _forward(run: Provider, tensors: list[Tensor]) -> Callable[[], object]:
-    def call() -> None:
-        with torch.no_grad():
-            run(*tensors)
-
-    return call
-
-
-def _both_passes(run: Provider, tensors: list[Tensor]) -> Callable[[], object]:
-    leaves = _leaves(tensors)
-    used = [leaf for leaf in leaves if leaf.requires_grad]
-    out_grads = [torch.randn_like(output) for output in run(*leaves)]
-
-    def call() -> None:
-        torch.autograd.grad(run(*leaves), used, out_grads, allow_unused=True)
-
-    return call
-
-
-def checked_providers(case: Case, tensors: list[Tensor]) -> tuple[dict[str, Provider], dict]:
-    """The providers that are correct, and what is wrong with the others."""
-    correct: dict[str, Provider] = {}
-    failures: dict[str, str] = {}
-    for name, run in providers(case, tensors[0]).items():
-        problem = wrong(case, run, tensors)
-        if problem is None:
-            correct[name] = run
-        else:
-            failures[name] = problem
-    return correct, failures
-
-
-def time_case(case: Case, dtype: torch.dtype, device: torch.device, patience: float) -> list[dict]:
-    tensors = case.make(dtype, device)
+def time_case(case: Case, device: torch.device, seconds: float) -> list[dict]:
+    deadline = time.perf_counter() + seconds
+    tensors = case.inputs(device)
+    correct, failures = correct_providers(case, tensors)
+    graphs = device.type == "cuda" and case.shape != TINY
+    passes = PASSES["cuda" if graphs else "cpu"]
     rows = []
-    all_threads = torch.get_num_threads()
-    for clock in CLOCKS[device.type]:
-        # before compiling: Inductor writes the number of threads into its code
-        torch.set_num_threads(1 if clock == "cpu" else all_threads)
-        correct, failures = checked_providers(case, tensors)
-        for which in PASSES:
-            prepare = _forward if which == "forward" else _both_passes
-            calls = {name: prepare(run, tensors) for name, run in correct.items()}
-            measured = measure(calls, clock, patience=patience)
-            about = {
-                "op": case.op,
-                "shape": list(case.shape),
-                "dtype": str(dtype).removeprefix("torch."),
-                "pass": which,
-            }
-            rows.append({**about, "incorrect": failures, **measured.as_json()})
-            print(_summary(about, measured, failures), flush=True)
-    torch.set_num_threads(all_threads)
+    for done, which in enumerate(passes):
+        left = max(0.0, deadline - time.perf_counter()) / (len(passes) - done)
+        if graphs:
+            measured = cuda.time_pass(case, correct, which, device, left)
+        elif device.type == "cuda":
+            measured = cuda.time_tiny(correct, tensors, which, left)
+        else:
+            calls = {name: call_of(run, tensors, which) for name, run in correct.items()}
+            measured = {"method": "eager calls, wall clock", **measure(calls, left).as_json()}
+        about = {**case.about(), "pass": which, "bytes": case.bytes_moved(which)}
+        rows.append({**about, "incorrect": failures, **measured})
     return rows
 
 
-def _summary(about: dict, measured: Measurement, failures: dict[str, str]) -> str:
-    what = [*map(str, about.values()), measured.clock]
-    parts = [f"{word:<{width}}" for word, width in zip(what, (20, 15, 8, 16, 4), strict=True)]
-    parts += [f"{name} {timing.median:.2f}" for name, timing in measured.timings.items()]
-    native = measured.timings.get("native")
-    if native is not None:
-        for rival in ("eager", "torch.compile"):
-            if rival in measured.timings:
-                ratio = measured.timings[rival].median / native.median
-                parts.append(f"{ratio:.2f} x {rival}")
-    parts.append("" if measured.quiet else f"(foreign {measured.foreign_cores:.2f})")
-    parts += [f"WRONG {name}: {problem}" for name, problem in failures.items()]
+def _summary(row: dict) -> str:
+    about = [row["op"], "×".join(map(str, row["shape"])), row["dtype"], row.get("pass", "")]
+    parts = [f"{word:<{width}}" for word, width in zip(about, (20, 13, 16, 16), strict=True)]
+    if "not_measured" in row:
+        return "  ".join([*parts, f"not measured: {row['not_measured']}"])
+    for name, timing in row["timings"].items():
+        parts.append(f"{name} {1e3 * timing['median']:.0f}")
+    parts.append("µs")
+    if not row.get("quiet", True):
+        parts.append(f"(disturbed: {row['foreign_cores']:.2f} cores)")
+    parts += [f"WRONG {name}: {problem}" for name, problem in row["incorrect"].items()]
     return "  ".join(parts)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--op", required=True, choices=sorted(FAMILIES), help="op family")
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--name", help="folder under benchmarks/results; default: the device")
-    parser.add_argument("--only", help="one op of the family; nothing is written")
-    parser.add_argument(
-        "--patience", type=float, default=60.0, help="seconds to wait for a quiet CPU, per row"
+def run(cases: list[Case], device: torch.device, seconds: float) -> list[dict]:
+    """A row for each pass of the cases reached in ``seconds``, and one for each case that was not.
+
+    A case that has begun is finished, so the last one may run over.
+    """
+    budget, rows = Budget(seconds, len(cases)), []
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+    with Progress(*columns, TimeElapsedColumn()) as progress:
+        for case in progress.track(cases, description="benchmarking"):
+            share = budget.share()
+            if share == 0:
+                reason = f"{seconds:g} s were over"
+                rows.append({**case.about(), "not_measured": reason})
+                continue
+            try:
+                found = time_case(case, device, share)
+            except torch.OutOfMemoryError as error:
+                found = [{**case.about(), "not_measured": str(error).splitlines()[0]}]
+            for row in found:
+                progress.console.print(_summary(row), highlight=False, soft_wrap=True)
+            rows += found
+    left_out = [row for row in rows if "not_measured" in row]
+    if left_out:
+        print(f"Not measured, {len(left_out)} of {len(cases)} cases:")
+        print("\n".join(_summary(row) for row in left_out))
+    return rows
+
+
+def write(file: Path, rows: list[dict]) -> None:
+    """Whole or not at all."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    partial = file.with_name(file.name + ".partial")
+    partial.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    partial.replace(file)
+    print(f"{len(rows)} rows in {file}")
+
+
+def main(argv: list[str]) -> None:
+    parser = argparse.ArgumentParser(
+        "python -m benchmarks run", description=(__doc__ or "").splitlines()[0]
     )
-    arguments = parser.parse_args()
+    parser.add_argument("--op", required=True, choices=sorted(FAMILIES), help="op family")
+    parser.add_argument("--device", default="cpu", choices=sorted(PASSES))
+    parser.add_argument("--budget", type=float, default=600.0, help="seconds for all cases")
+    parser.add_argument("--output", type=Path, help="folder; default: benchmarks/results/<device>")
+    arguments = parser.parse_args(argv)
     device = torch.device(arguments.device)
-    folder = Path(__file__).parent / "results" / (arguments.name or device.type)
     about = environment(device)
-    rows: list[dict] = []
-    for case in FAMILIES[arguments.op]:
-        if arguments.only not in (None, case.op):
-            continue
-        for dtype in DTYPES:
-            rows += time_case(case, dtype, device, arguments.patience)
-    if arguments.only is not None:
-        return
-    folder.mkdir(parents=True, exist_ok=True)
-    text = "".join(json.dumps({**row, **about}) + "\n" for row in rows)
-    # whole or not at all
-    partial = folder / f"{arguments.op}.jsonl.partial"
-    partial.write_text(text)
-    partial.replace(folder / f"{arguments.op}.jsonl")
-
-
-if __name__ == "__main__":
-    main()
+    rows = run(FAMILIES[arguments.op](device.type), device, arguments.budget)
+    output = arguments.output or folder(device)
+    write(output / f"{arguments.op}.jsonl", [{**row, **about} for row in rows])

@@ -1,20 +1,15 @@
-"""Timing on a CPU that others may be using: interleaved rounds, kept only while it was quiet.
+"""Timing on a machine that others may be using: interleaved rounds, kept only while it was quiet.
 
 Providers take turns call by call, so that a neighbour slows all of them alike; a round during
 which other processes used more than ``MAX_FOREIGN`` of a core is measured again.
-
-Two clocks. ``wall`` with all threads is what a user waits for and needs a quiet machine. ``cpu``
-is the processor time of a single thread: what remains meaningful beside a busy neighbour, who
-then costs shared cache and bandwidth alone; its rounds are kept whatever others do.
 """
 
 from __future__ import annotations
 
-import math
 import os
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 
 import torch
@@ -22,24 +17,45 @@ import torch
 MAX_FOREIGN = 0.08  # cores' worth of other processes' time that a kept round may contain
 ROUND_SECONDS = 0.5  # /proc/stat counts in hundredths of a second
 PAUSE_SECONDS = 1.0
+MIN_ROUNDS, ROUNDS = 3, 5
+
+
+class Budget:
+    """Seconds shared by parts that come in order of importance; what one leaves, the rest share."""
+
+    def __init__(
+        self, seconds: float, parts: int, clock: Callable[[], float] = time.perf_counter
+    ) -> None:
+        self._clock, self._parts = clock, parts
+        self._deadline = clock() + seconds
+
+    def share(self, parts: int = 1) -> float:
+        """Seconds for the next ``parts``; 0 when none are left."""
+        share = max(0.0, self._deadline - self._clock()) * parts / self._parts
+        self._parts -= parts
+        return share
 
 
 @dataclass(frozen=True)
 class Timing:
-    """Milliseconds over the kept calls."""
+    """Milliseconds of one call, over all samples."""
 
     median: float
     p20: float
     p80: float
     calls: int
 
+    @classmethod
+    def of(cls, times: list[float]) -> Timing:
+        deciles = statistics.quantiles(times, n=10) if len(times) > 1 else times * 9
+        return cls(statistics.median(times), deciles[1], deciles[7], len(times))
+
 
 @dataclass
 class Measurement:
-    clock: str = "wall"
     threads: int = 0
     timings: dict[str, Timing] = field(default_factory=dict)
-    quiet: bool = True  # no kept round was disturbed; the cpu clock does without
+    quiet: bool = True  # no kept round was disturbed
     foreign_cores: float = 0.0  # worst kept round
     rounds: int = 0
     discarded: int = 0
@@ -55,58 +71,50 @@ def busy_seconds() -> float:
     return (user + nice + system + irq + softirq + steal) / os.sysconf("SC_CLK_TCK")
 
 
-def _round(
-    calls: dict[str, Callable[[], object]], clock: Callable[[], float]
-) -> tuple[dict[str, list[float]], float]:
+def _round(calls: Mapping[str, Callable[[], object]]) -> tuple[dict[str, list[float]], float]:
     times: dict[str, list[float]] = {name: [] for name in calls}
     busy, own, start = busy_seconds(), time.process_time(), time.perf_counter()
     while time.perf_counter() - start < ROUND_SECONDS:
         for name, call in calls.items():
-            before = clock()
+            before = time.perf_counter()
             call()
-            times[name].append(1e3 * (clock() - before))
+            times[name].append(1e3 * (time.perf_counter() - before))
     wall = time.perf_counter() - start
     foreign = (busy_seconds() - busy - (time.process_time() - own)) / wall
     return times, foreign
 
 
 def measure(
-    calls: dict[str, Callable[[], object]],
-    clock: str = "wall",
-    rounds: int = 5,
-    patience: float = 60.0,
+    calls: Mapping[str, Callable[[], object]], seconds: float = 60.0, repeats: int = 1
 ) -> Measurement:
-    """Times ``calls`` until ``rounds`` quiet rounds are kept or ``patience`` seconds are over.
+    """Times ``calls``, each of which does its work ``repeats`` times, by the wall clock.
 
-    When quiet rounds ran out, the least disturbed ones fill the rest: ``foreign_cores`` tells.
+    Ends when ``ROUNDS`` quiet rounds are kept or, with at least ``MIN_ROUNDS``, when ``seconds``
+    are over. Where quiet rounds are too few, the least disturbed ones fill the rest:
+    ``foreign_cores`` tells.
     """
-    read, limit = time.perf_counter, MAX_FOREIGN
-    if clock == "cpu":
-        read, limit = time.process_time, math.inf
+    deadline = time.perf_counter() + seconds
     for call in calls.values():
         call()
         call()
     kept: list[tuple[dict[str, list[float]], float]] = []
     disturbed: list[tuple[dict[str, list[float]], float]] = []
-    deadline = time.perf_counter() + patience
-    while len(kept) < rounds:
-        found = _round(calls, read)
-        if found[1] <= limit:
-            kept.append(found)
-            continue
-        disturbed.append(found)
-        if time.perf_counter() > deadline:
+    while len(kept) < ROUNDS:
+        if time.perf_counter() > deadline and len(kept) + len(disturbed) >= MIN_ROUNDS:
             disturbed.sort(key=lambda item: item[1])
-            kept += disturbed[: rounds - len(kept)]
+            kept += disturbed[: max(0, MIN_ROUNDS - len(kept))]
             break
-        time.sleep(PAUSE_SECONDS)
-    result = Measurement(clock, torch.get_num_threads(), rounds=len(kept))
+        found = _round(calls)
+        if found[1] <= MAX_FOREIGN:
+            kept.append(found)
+        else:
+            disturbed.append(found)
+            time.sleep(min(PAUSE_SECONDS, max(0.0, deadline - time.perf_counter())))
+    result = Measurement(torch.get_num_threads(), rounds=len(kept))
     result.quiet = all(foreign <= MAX_FOREIGN for _, foreign in kept)
     result.foreign_cores = round(max(foreign for _, foreign in kept), 3)
-    result.discarded = max(0, len(disturbed) - sum(f > limit for _, f in kept))
+    result.discarded = len(disturbed) - sum(foreign > MAX_FOREIGN for _, foreign in kept)
     for name in calls:
-        times = sorted(t for round_times, _ in kept for t in round_times[name])
-        quantiles = statistics.quantiles(times, n=10) if len(times) > 1 else times * 9
-        median = statistics.median(times)
-        result.timings[name] = Timing(median, quantiles[1], quantiles[7], len(times))
+        samples = [t / repeats for times, _ in kept for t in times[name]]
+        result.timings[name] = Timing.of(samples)
     return result

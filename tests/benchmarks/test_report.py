@@ -4,19 +4,46 @@ from __future__ import annotations
 
 import json
 
-from benchmarks.report import ROOT, table, updated_readme
+import pytest
+
+from benchmarks import plot
+from benchmarks.registry import TINY
+from benchmarks.report import ROOT, block, cpu_table, gpu, updated_readme
 from pixart_kernels.dispatch import VERIFIED
+
+ABOUT = {"device": "a device", "torch": "2", "triton": "3", "commit": "abc"}
+
+
+@pytest.fixture(autouse=True)
+def images(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(plot, "IMAGES", tmp_path / "images")
+
+
+def row(shape, timings: dict[str, float], **more) -> dict:
+    return {
+        **ABOUT,
+        **{"op": "an_op", "dtype": "float32", "pass": "forward", "shape": list(shape)},
+        **{"quiet": True, "threads": 2, "bytes": 6_000_000, "incorrect": {}},
+        "timings": {name: {"median": time} for name, time in timings.items()},
+        **more,
+    }
+
+
+def write(file, rows: list[dict]):
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text("\n".join(map(json.dumps, rows)))
+    return file
 
 
 def test_readme_is_up_to_date() -> None:
     readme = (ROOT / "README.md").read_text()
-    assert updated_readme(readme) == readme, "run: python -m benchmarks.report"
+    assert updated_readme(readme) == readme, "run: python -m benchmarks report"
 
 
 def test_every_verification_has_its_results() -> None:
     for (op, backend, architecture), proof in VERIFIED.items():
         rows = (ROOT / "benchmarks" / "results" / proof.results).read_text().splitlines()
-        mine = [row for row in map(json.loads, rows) if row["op"] == op]
+        mine = [row for row in map(json.loads, rows) if row["op"] == op and "timings" in row]
         assert mine, op
         assert all(backend in row["timings"] and not row["incorrect"] for row in mine)
         assert {row["commit"] for row in mine} == {proof.commit}
@@ -25,23 +52,84 @@ def test_every_verification_has_its_results() -> None:
 
 def test_table_gives_the_range_over_shapes(tmp_path, monkeypatch) -> None:
     monkeypatch.setattr("benchmarks.report.ROOT", tmp_path)
-    about = {"device": "a CPU", "torch": "2", "commit": "abc", "clock": "wall", "threads": 2}
+    timings = {"torch.compile": 3.0, "native": 2.0, "native, compiled": 2.5}
+    rows = [row((1, size, 8), {"eager": size, **timings}) for size in (4, 6)]
+    text = cpu_table(write(tmp_path / "x.jsonl", rows))
+    assert "| `an_op` | 2.0–3.0 / 1.5 (1.2) |" in text
+    assert "Bold" not in text
+    assert "Cases" not in text
+
+
+def test_table_shows_rivals_that_win_and_what_is_missing(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr("benchmarks.report.ROOT", tmp_path)
     rows = [
-        {
-            **about,
-            "op": "an_op",
-            "dtype": "float32",
-            "pass": "forward",
-            "shape": [1, size],
-            "quiet": True,
-            "timings": {
-                "eager": {"median": size},
-                "torch.compile": {"median": 3.0},
-                "native": {"median": 2.0},
-            },
-        }
-        for size in (4, 6)
+        row((1, 4, 8), {"eager": 1.94, "torch.compile": 5.0, "native": 2.0}),
+        row((1, 6, 8), {"eager": 2.5, "native": 2.0}, quiet=False, incorrect={"x": "no"}),
+        row(TINY, {"eager": 0.021, "native": 0.009}),
+        {**ABOUT, "op": "an_op", "shape": [9, 9, 9], "not_measured": "1 s were over"},
     ]
-    file = tmp_path / "x.jsonl"
-    file.write_text("\n".join(map(json.dumps, rows)))
-    assert "| `an_op` | 2.0–3.0 / 1.5 |" in table(file)
+    text = cpu_table(write(tmp_path / "x.jsonl", rows))
+    assert "| `an_op` | **0.97–1.25** / 2.5 |" in text
+    assert "Bold: at some shape the rival was faster." in text
+    assert "1 of 2 rows were measured beside other work" in text
+    assert "`an_op` forward 9 (21)" in text
+    assert "Cases not measured: 1." in text
+    assert "not timed there: x." in text
+
+
+def gpu_rows() -> list[dict]:
+    times = {"eager": 9.0, "copy": 1.8, "triton": 2.0, "cuda": 3.0, "torch.compile": 1.9}
+    return [
+        row((8, 4096, 1152), times, dtype="bfloat16"),
+        row((1, 1024, 1152), {**times, "cuda": 1.0, "copy": 0.5}, dtype="bfloat16"),
+        row((8, 4096, 384), {**times, "copy": 2.0}, dtype="bfloat16"),
+    ]
+
+
+def test_gpu_table_takes_the_faster_of_ours(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr("benchmarks.report.ROOT", tmp_path)
+    assert "no GPU figures" in gpu(tmp_path, "adaln")
+    write(tmp_path / "sm_90-x" / "adaln.jsonl", gpu_rows())
+    text = gpu(tmp_path, "adaln")
+    # 6 MB in 2 ms; 1.8 and 2.0 of 2 ms; the small shape counts for ratios alone
+    assert "| `an_op` forward | 3 | 90–100 | 4.5–9.0 | **0.95–1.90** |" in text
+
+
+def test_block_table_shows_time_and_memory(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr("benchmarks.report.ROOT", tmp_path)
+    memory = {"saved": 3 * 2**20, "peak": 5 * 2**20}
+    found = row((2, 256, 1152), {"eager": 4.0, "native": 2.0, "native, compiled": 8.0})
+    found |= {"part": "block", "text": 120, "memory": dict.fromkeys(found["timings"], memory)}
+    text = block(write(tmp_path / "block.jsonl", [found]))
+    assert "| block, 256 tokens | 4 ms, 1.00×; 3, 5 MiB | 2 ms, 2.00×; 3, 5 MiB | **8 ms" in text
+
+
+def test_only_marked_places_of_the_readme_change() -> None:
+    assert updated_readme("nothing is marked here") == "nothing is marked here"
+    readme = "a\n<!-- gpu: begin -->\nold\n<!-- gpu: end -->\nb"
+    assert updated_readme(readme).startswith("a\n<!-- gpu: begin -->\n")
+    assert updated_readme(readme).endswith("\n<!-- gpu: end -->\nb")
+    assert "old" not in updated_readme(readme)
+
+
+def test_plots_are_drawn_for_each_device(tmp_path) -> None:
+    times = {"eager": 3.0, "torch.compile": 2.0, "native": 1.0, "an unknown rival": 4.0}
+    skipped = {**ABOUT, "op": "an_op", "shape": [9, 9, 9], "not_measured": "1 s were over"}
+    write(tmp_path / "cpu" / "adaln.jsonl", [row((1, 4, 8), times), row(TINY, times), skipped])
+    write(tmp_path / "cpu" / "quickstart.jsonl", [ABOUT])
+    write(tmp_path / "sm_90-x" / "adaln.jsonl", gpu_rows())
+    plot.main(["--results", str(tmp_path)])
+    drawn = {file.name: file.read_bytes() for file in plot.IMAGES.iterdir()}
+    assert set(drawn) == {"adaln-cpu.png", "an_op-sm_90-x.png"}
+    assert all(content.startswith(b"\x89PNG") for content in drawn.values())
+
+
+def test_plots_hold_the_ratios_and_rates() -> None:
+    (panel,) = plot.speed_ups([row((1, 4, 8), {"eager": 3.0, "native": 2.0})]).axes
+    (points,) = (line for line in panel.get_lines() if line.get_label() == "native")
+    assert list(points.get_xdata()) == [1.5]
+    assert [tick.get_text() for tick in panel.get_yticklabels()] == ["an_op  1×4×8"]
+    (panel,) = plot.bandwidths(gpu_rows(), "an_op").axes
+    (line,) = (line for line in panel.get_lines() if line.get_label() == "cuda")
+    assert list(line.get_xdata()) == [1024, 32768]  # the narrow shape is left out
+    assert list(line.get_ydata()) == [6.0, 2.0]

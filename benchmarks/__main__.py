@@ -1,0 +1,27 @@
+"""``python -m benchmarks COMMAND``; each command is the module of that name and has --help."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+
+COMMANDS = {
+    "run": "time an op family",
+    "block": "time a whole PixArt block with and without the ops",
+    "quickstart": "run the quickstart over several seeds",
+    "plot": "draw the results of an op family",
+    "report": "write the README's tables from the results",
+    "hardware": "everything that a GPU can prove, then its timings",
+}
+
+
+def main() -> None:
+    name = sys.argv[1] if len(sys.argv) > 1 else None
+    if name not in COMMANDS:
+        lines = "\n".join(f"  {command:<11} {what}" for command, what in COMMANDS.items())
+        sys.exit(f"usage: python -m benchmarks COMMAND\n{lines}")
+    importlib.import_module(f"benchmarks.{name}").main(sys.argv[2:])
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,92 @@
+"""What a result must say about where it came from."""
+
+from __future__ import annotations
+
+import datetime
+import os
+import platform
+import re
+import subprocess
+from pathlib import Path
+
+import torch
+
+from pixart_kernels import _extension, dispatch
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def folder(device: torch.device) -> Path:
+    """Where results of ``device`` live: ``cpu``, or architecture and name of the GPU."""
+    if device.type == "cpu":
+        return RESULTS / "cpu"
+    name = re.sub(r"[^a-z0-9]+", "-", torch.cuda.get_device_name(device).lower())
+    return RESULTS / f"{dispatch.architecture(device)}-{name}"
+
+
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor()
+
+
+def _commit() -> str:
+    """The commit, marked when the checkout differs from it."""
+    try:
+        described = subprocess.run(
+            ["git", "describe", "--always", "--dirty", "--abbrev=12"],
+            capture_output=True,
+            text=True,
+            cwd=Path(__file__).parent,
+        )
+    except OSError:
+        return "unknown"
+    return described.stdout.strip() or "unknown"
+
+
+def environment(device: torch.device) -> dict:
+    about = {
+        "device": _cpu_name(),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "extension": _extension.build_info.get("compiler"),
+        "commit": _commit(),
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+    }
+    if device.type == "cpu":
+        about["cpu_capability"] = torch.backends.cpu.get_cpu_capability()
+        about["malloc"] = os.environ.get("MALLOC_MMAP_THRESHOLD_", "default")
+        return about
+    import triton
+
+    return {
+        **about,
+        "device": torch.cuda.get_device_name(device),
+        "host": about["device"],
+        "architecture": dispatch.architecture(device),
+        "cuda": torch.version.cuda,
+        "cudnn": torch.backends.cudnn.version(),
+        "triton": triton.__version__,
+        **gpu_state(device, ("driver_version", "power.limit", "clocks.max.sm", "clocks.max.mem")),
+    }
+
+
+STATE = ("clocks.sm", "clocks.mem", "power.draw", "temperature.gpu")
+
+
+def gpu_state(device: torch.device, fields: tuple[str, ...] = STATE) -> dict[str, str]:
+    """What the driver says of the card just now; empty where nvidia-smi is missing."""
+    card = f"GPU-{torch.cuda.get_device_properties(device).uuid}"
+    query = ["nvidia-smi", f"--id={card}", f"--query-gpu={','.join(fields)}"]
+    try:
+        answer = subprocess.run(
+            [*query, "--format=csv,noheader"], capture_output=True, text=True, timeout=20
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return {}
+    if answer.returncode != 0:
+        return {}
+    return dict(zip(fields, answer.stdout.strip().split(", "), strict=False))

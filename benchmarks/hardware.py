@@ -1,0 +1,129 @@
+"""All that a GPU can prove, in one command: ``python -m benchmarks hardware --budget 540``.
+
+The tests that need a GPU, compute-sanitizer over every kernel, then the timings. A stage that
+fails does not hide the next; the exit status says whether any did. Everything goes to
+``benchmarks/results/<device>/``: ``hardware.jsonl`` has a line for each stage with the end of its
+output, beside the timings' own files.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from benchmarks.environment import environment, folder
+from benchmarks.run import write
+from benchmarks.timing import Budget
+
+ROOT = Path(__file__).parents[1]
+TAIL = 4000  # characters of output worth keeping
+MARGIN = 60.0  # seconds a timing stage needs beyond its budget: imports, the case begun last
+# a caching allocator hands out parts of large blocks, where an overrun is not one to the checker
+UNCACHED = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+
+
+@dataclass(frozen=True)
+class Stage:
+    name: str
+    command: list[str]
+    environment: dict[str, str]
+    weight: int  # its part of the time, against those of the stages after it
+    timed: bool = False  # takes --budget
+
+
+def stages(output: Path) -> list[Stage]:
+    python = sys.executable
+
+    def sanitizer(tool: str) -> Stage:
+        command = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "1"]
+        # torch probes the driver in ways that count as API errors
+        command += ["--report-api-errors", "no", python, "-m", "benchmarks.sanitize"]
+        return Stage(tool, command, UNCACHED, 2)
+
+    def timings(name: str, *arguments: str, weight: int) -> Stage:
+        command = [python, "-m", "benchmarks", *arguments, "--device", "cuda"]
+        return Stage(name, [*command, "--output", str(output)], {}, weight, timed=True)
+
+    # not all of tests/: collecting the rest imports packages that a GPU machine may lack
+    tests = ["-m", "gpu", "tests/test_gpu.py", "tests/pixart_kernels"]
+    return [
+        Stage("doctor", [python, "-m", "pixart_kernels.doctor"], {}, 1),
+        Stage("tests", [python, "-m", "pytest", *tests], {}, 4),
+        sanitizer("memcheck"),
+        sanitizer("racecheck"),
+        timings("adaln", "run", "--op", "adaln", weight=6),
+        timings("mlp", "run", "--op", "mlp", weight=1),
+        timings("block", "block", weight=3),
+    ]
+
+
+def run_stage(stage: Stage, seconds: float) -> dict:
+    """Runs a stage for at most ``seconds``: its outcome, and the end of what it printed."""
+    command, start = list(stage.command), time.perf_counter()
+    if stage.timed:
+        command += ["--budget", f"{max(1.0, seconds - MARGIN):.0f}"]
+    try:
+        ended = subprocess.run(
+            command,
+            env={**os.environ, **stage.environment},
+            cwd=ROOT,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            timeout=seconds,
+        )
+        printed, status = ended.stdout, ended.returncode
+        outcome = "passed" if status == 0 else f"failed with status {status}"
+    except subprocess.TimeoutExpired as error:
+        printed, outcome = error.stdout or b"", f"stopped after {seconds:.0f} s"
+    except OSError as error:
+        printed, outcome = b"", f"did not start: {error}"
+    return {
+        "stage": stage.name,
+        "outcome": outcome,
+        "seconds": round(time.perf_counter() - start, 1),
+        "command": command,
+        "output": printed.decode(errors="replace")[-TAIL:],
+    }
+
+
+def run_all(several: list[Stage], seconds: float) -> list[dict]:
+    """A row for each stage, whatever became of those before it."""
+    budget = Budget(seconds, sum(stage.weight for stage in several))
+    rows = []
+    for stage in several:
+        row = run_stage(stage, budget.share(stage.weight))
+        if row["outcome"] != "passed":
+            print(row["output"])
+        print(f"{stage.name}: {row['outcome']}, {row['seconds']} s", flush=True)
+        rows.append(row)
+    return rows
+
+
+def table(rows: list[dict]) -> str:
+    lines = [f"{row['stage']:<10} {row['seconds']:>7.1f} s  {row['outcome']}" for row in rows]
+    return "\n".join(["", *lines])
+
+
+def main(argv: list[str]) -> None:
+    parser = argparse.ArgumentParser(
+        "python -m benchmarks hardware", description=(__doc__ or "").splitlines()[0]
+    )
+    parser.add_argument("--budget", type=float, default=540.0, help="seconds for everything")
+    parser.add_argument("--output", type=Path, help="folder; default: benchmarks/results/<device>")
+    arguments = parser.parse_args(argv)
+    if not torch.cuda.is_available():
+        sys.exit("no CUDA device here; see docs/hardware.md for what was proven without one")
+    device = torch.device("cuda")
+    output = (arguments.output or folder(device)).resolve()
+    about = environment(device)
+    rows = run_all(stages(output), arguments.budget)
+    write(output / "hardware.jsonl", [{**row, **about} for row in rows])
+    print(table(rows))
+    sys.exit(any(row["outcome"] != "passed" for row in rows))

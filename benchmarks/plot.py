@@ -1,0 +1,161 @@
+"""Draws an op family's results: ``python -m benchmarks plot``, into ``docs/images``.
+
+For a CPU, speed-ups over eager PyTorch at each shape; for a GPU, bandwidth over tokens under the
+roof of a copy of as many bytes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+from matplotlib import pyplot
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from benchmarks.environment import RESULTS
+from benchmarks.registry import FAMILIES, TINY
+
+IMAGES = Path(__file__).parents[1] / "docs" / "images"
+MARKS = {
+    "torch.compile": ("s", "tab:orange"),
+    "max-autotune": ("D", "tab:red"),
+    "native": ("o", "tab:blue"),
+    "native, compiled": ("o", "tab:cyan"),
+    "triton": ("o", "tab:blue"),
+    "cuda": ("^", "tab:green"),
+    "triton, compiled": ("o", "tab:cyan"),
+    "cuda, compiled": ("^", "tab:olive"),
+    "eager": ("x", "tab:gray"),
+}
+OTHER = ("P", "tab:purple")
+
+
+def _label(row: dict) -> str:
+    return f"{row['op']}  {'×'.join(map(str, row['shape']))}"
+
+
+def _grid(rows: list[dict], title: str, panel, size: tuple[float, float], caption: str) -> Figure:
+    """One panel for each dtype (across) and pass (down)."""
+    dtypes = list(dict.fromkeys(row["dtype"] for row in rows))
+    passes = list(dict.fromkeys(row["pass"] for row in rows))
+    figure, axes = pyplot.subplots(
+        len(passes),
+        len(dtypes),
+        figsize=(size[0] * len(dtypes), size[1] * len(passes) + 1),
+        squeeze=False,
+        sharex=True,
+        sharey=True,
+        layout="constrained",
+    )
+    for across, dtype in enumerate(dtypes):
+        for down, which in enumerate(passes):
+            ax = axes[down, across]
+            ax.set_title(f"{dtype}, {which}", fontsize=10)
+            ax.grid(alpha=0.3)
+            panel(ax, [r for r in rows if (r["dtype"], r["pass"]) == (dtype, which)])
+    labelled: dict = {}
+    for ax in axes.flat:
+        labelled |= dict(zip(*reversed(ax.get_legend_handles_labels()), strict=True))
+    figure.legend(labelled.values(), labelled.keys(), loc="outside lower center", ncols=5)
+    figure.suptitle(f"{title}\n{caption}", fontsize=9)
+    return figure
+
+
+def speed_ups(rows: list[dict]) -> Figure:
+    """A line for each op and shape, a mark for each provider; right of 1 is faster than eager."""
+    labels = list(dict.fromkeys(map(_label, rows)))
+    ratios = [
+        row["timings"]["eager"]["median"] / timing["median"]
+        for row in rows
+        for timing in row["timings"].values()
+    ]
+
+    def panel(ax: Axes, found: list[dict]) -> None:
+        for name in dict.fromkeys(name for row in found for name in row["timings"]):
+            if name == "eager":
+                continue
+            here = [row for row in found if name in row["timings"]]
+            mark, colour = MARKS.get(name, OTHER)
+            ax.plot(
+                [r["timings"]["eager"]["median"] / r["timings"][name]["median"] for r in here],
+                [labels.index(_label(row)) for row in here],
+                mark,
+                color=colour,
+                markersize=5,
+                label=name,
+            )
+        ax.axvline(1, color="0.3", linewidth=1)
+        ax.set_xlim(0, 1.05 * max(ratios))
+        ax.set_yticks(range(len(labels)), labels, fontsize=7, family="monospace")
+        if not ax.yaxis_inverted():
+            ax.invert_yaxis()
+
+    one = rows[0]
+    caption = (
+        f"{one['device']}, {one['threads']} threads, torch {one['torch']}, commit {one['commit']}"
+    )
+    height = 0.19 * len(labels) + 0.5
+    return _grid(rows, "times as fast as eager PyTorch", panel, (5.2, height), caption)
+
+
+def bandwidths(rows: list[dict], op: str) -> Figure:
+    """Achieved rate of one op over tokens at one width, with the rate of a copy above."""
+    width = max(row["shape"][-1] for row in rows)
+    rows = [row for row in rows if row["op"] == op and row["shape"][-1] == width]
+
+    def tokens(row: dict) -> int:
+        return row["shape"][0] * row["shape"][1]
+
+    def panel(ax: Axes, found: list[dict]) -> None:
+        for name in dict.fromkeys(name for row in found for name in row["timings"]):
+            here = sorted((row for row in found if name in row["timings"]), key=tokens)
+            rates = [r["bytes"] / r["timings"][name]["median"] / 1e6 for r in here]
+            if name == "copy":
+                style: dict = {"color": "black", "linestyle": "--", "linewidth": 1}
+            else:
+                mark, colour = MARKS.get(name, OTHER)
+                style = {"color": colour, "marker": mark, "markersize": 4, "linewidth": 1.2}
+            ax.plot([tokens(row) for row in here], rates, label=name, **style)
+        ax.set_xscale("log", base=2)
+        counts = sorted({tokens(row) for row in rows})
+        ax.set_xticks(counts, [f"{count // 1024}k" for count in counts])
+        ax.set_ylim(bottom=0)
+        ax.set_xlabel("tokens")
+        ax.set_ylabel("GB/s")
+
+    one = rows[0]
+    caption = f"{one['device']}, torch {one['torch']}, triton {one['triton']}, {one['commit']}"
+    return _grid(rows, f"{op}, D = {width}, L2-cold", panel, (4.6, 3.2), caption)
+
+
+def _save(figure: Figure, name: str) -> None:
+    IMAGES.mkdir(parents=True, exist_ok=True)
+    figure.savefig(IMAGES / name, dpi=90, metadata={"Software": None})
+    pyplot.close(figure)
+    print(IMAGES / name)
+
+
+def main(argv: list[str]) -> None:
+    parser = argparse.ArgumentParser(
+        "python -m benchmarks plot", description=(__doc__ or "").splitlines()[0]
+    )
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of device folders")
+    results = parser.parse_args(argv).results
+    for file in sorted(results.glob("*/*.jsonl")):
+        if file.stem not in FAMILIES:
+            continue
+        rows = [json.loads(line) for line in file.read_text().splitlines()]
+        rows = [row for row in rows if "timings" in row and tuple(row["shape"]) != TINY]
+        rows.sort(key=lambda row: row["op"])
+        if not rows:
+            continue
+        if file.parent.name == "cpu":
+            _save(speed_ups(rows), f"{file.stem}-cpu.png")
+            continue
+        for op in dict.fromkeys(row["op"] for row in rows):
+            _save(bandwidths(rows, op), f"{op}-{file.parent.name}.png")
