@@ -61,7 +61,7 @@ class Part:
     call: Callable[..., Outputs]  # call(module, *inputs)
 
     def forward(self, module: Callable[..., Outputs] | None = None) -> Outputs:
-        return self.call(module or self.module, *self.inputs)
+        return self.call(self.module if module is None else module, *self.inputs)
 
     def backward(self, outputs: Outputs, out_grads: list[Tensor]) -> tuple[Tensor, ...]:
         leaves = [*self.inputs, *self.module.parameters()]

@@ -13,7 +13,8 @@ import torch
 
 from pixart_kernels import _extension, dispatch
 
-RESULTS = Path(__file__).parent / "results"
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
 
 
 def folder(device: torch.device) -> Path:
@@ -33,18 +34,20 @@ def _cpu_name() -> str:
     return names[0] if names else platform.processor()
 
 
-def _commit() -> str:
-    """The commit, marked when the checkout differs from it."""
+def _git(*arguments: str) -> str:
     try:
-        described = subprocess.run(
-            ["git", "describe", "--always", "--dirty", "--abbrev=12"],
-            capture_output=True,
-            text=True,
-            cwd=Path(__file__).parent,
-        )
+        command = ["git", "-C", str(ROOT), *arguments]
+        return subprocess.run(command, capture_output=True, text=True).stdout.strip()
     except OSError:
-        return "unknown"
-    return described.stdout.strip() or "unknown"
+        return ""
+
+
+def _commit() -> str:
+    """The commit, marked when the checkout differs from it in more than what benchmarks write."""
+    written = ("benchmarks/results", "docs/images", "README.md")
+    changed = ("status", "--porcelain", "--", ".", *(f":(exclude){path}" for path in written))
+    commit = _git("rev-parse", "--short=12", "HEAD")
+    return commit + "-dirty" * bool(_git(*changed)) if commit else "unknown"
 
 
 def environment(device: torch.device) -> dict:

@@ -19,7 +19,8 @@ SMALL = PixArtConfig(depth=1, hidden_size=32, num_heads=2)
 @pytest.fixture
 def small(monkeypatch) -> None:
     monkeypatch.setattr(block_module, "PixArtConfig", lambda depth: SMALL)
-    monkeypatch.setattr(torch, "compile", lambda module, **_: module)
+    compiled = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda module, **_: compiled(module, backend="eager"))
     # without a GPU, tests interpret Triton's kernels: too slow to repeat
     monkeypatch.setattr(dispatch, "PRIORITY", ("native", "reference"))
     timing = Timing(1.0, 1.0, 1.0, 1)

@@ -41,6 +41,12 @@ def same_row_twice(x, branch, table, t, **options):
     return (pk.adaln_single(x, table, t, shift_row=3, scale_row=3, **options),)
 
 
+def final_layer(x, branch, table, t, **options):
+    """A table of two rows, and one vector of the timestep for both: stride 0 between rows."""
+    t_B2D = t.reshape(x.shape[0], ROWS, x.shape[2])[:, 5:].expand(-1, 2, -1)
+    return (pk.adaln_single(x, table[:2], t_B2D, shift_row=0, scale_row=1, **options),)
+
+
 def adaln_modulate(x, branch, table, t, **options):
     D = x.shape[-1]
     t = t.reshape(x.shape[0], ROWS, D)
@@ -64,6 +70,7 @@ def residual_adaln(x, branch, table, t, **options):
 OPS = [
     adaln_single,
     same_row_twice,
+    final_layer,
     adaln_modulate,
     gated_residual,
     gated_residual_adaln,
