@@ -34,6 +34,7 @@ _ADALN_CPU = Verification("a5576b3a5ae7", "cpu/adaln.jsonl")
 VERIFIED: dict[tuple[str, str, str], Verification] = {
     ("adaln_modulate", "native", "cpu"): _ADALN_CPU,
     ("adaln_single", "native", "cpu"): _ADALN_CPU,
+    ("bias_gelu", "native", "cpu"): Verification("434641e223c6", "cpu/mlp.jsonl"),
     ("gated_residual", "native", "cpu"): _ADALN_CPU,
     ("gated_residual_adaln", "native", "cpu"): _ADALN_CPU,
 }
