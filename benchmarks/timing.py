@@ -18,6 +18,7 @@ MAX_FOREIGN = 0.08  # cores' worth of other processes' time that a kept round ma
 ROUND_SECONDS = 0.5  # /proc/stat counts in hundredths of a second
 PAUSE_SECONDS = 1.0
 MIN_ROUNDS, ROUNDS = 3, 5
+MIN_CALLS = 15  # a median of fewer is worth little; slow calls take more rounds for it
 
 
 class Budget:
@@ -89,9 +90,9 @@ def measure(
 ) -> Measurement:
     """Times ``calls``, each of which does its work ``repeats`` times, by the wall clock.
 
-    Ends when ``ROUNDS`` quiet rounds are kept or, with at least ``MIN_ROUNDS``, when ``seconds``
-    are over. Where quiet rounds are too few, the least disturbed ones fill the rest:
-    ``foreign_cores`` tells.
+    Ends when ``ROUNDS`` quiet rounds with ``MIN_CALLS`` of each are kept or, with at least
+    ``MIN_ROUNDS``, when ``seconds`` are over. Where quiet rounds are too few, the least disturbed
+    ones fill the rest: ``foreign_cores`` tells.
     """
     deadline = time.perf_counter() + seconds
     for call in calls.values():
@@ -99,7 +100,12 @@ def measure(
         call()
     kept: list[tuple[dict[str, list[float]], float]] = []
     disturbed: list[tuple[dict[str, list[float]], float]] = []
-    while len(kept) < ROUNDS:
+
+    def enough() -> bool:
+        calls_kept = sum(len(next(iter(times.values()))) for times, _ in kept)
+        return len(kept) >= ROUNDS and calls_kept >= MIN_CALLS
+
+    while not enough():
         if time.perf_counter() > deadline and len(kept) + len(disturbed) >= MIN_ROUNDS:
             disturbed.sort(key=lambda item: item[1])
             kept += disturbed[: max(0, MIN_ROUNDS - len(kept))]

@@ -31,10 +31,10 @@ Modulation = tuple[Tensor, Tensor]
 
 
 class LinearBeforeGelu(nn.Linear):
-    """Leaves its bias to the GELU that follows: one pass over the gradient less."""
+    """Can leave its bias to a GELU that adds it: its gradient then costs no pass of its own."""
 
-    def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight)
+    def forward(self, x: Tensor, leave_bias: bool = False) -> Tensor:
+        return F.linear(x, self.weight, None if leave_bias else self.bias)
 
 
 class Mlp(nn.Module):
@@ -44,10 +44,11 @@ class Mlp(nn.Module):
         self.fc2 = nn.Linear(hidden, out_features)
 
     def forward(self, x: Tensor) -> Tensor:
-        # adapters wrap the layer; quantisers put one in its place that adds its bias itself
-        if any(isinstance(module, LinearBeforeGelu) for module in self.fc1.modules()):
-            return self.fc2(pk.bias_gelu(self.fc1(x), self.fc1.bias))
-        return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
+        # what an adapter or a quantiser puts in its place adds the bias itself
+        plain = not isinstance(self.fc1, LinearBeforeGelu)
+        if plain or pk.chosen_backend("bias_gelu", x) == "reference":
+            return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
+        return self.fc2(pk.bias_gelu(self.fc1(x, leave_bias=True), self.fc1.bias))
 
 
 class PatchEmbed(nn.Module):

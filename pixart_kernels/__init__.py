@@ -11,6 +11,7 @@ from pixart_kernels.adaln import (
     gated_residual_adaln,
 )
 from pixart_kernels.attention import attention, cross_attention, self_attention
+from pixart_kernels.dispatch import chosen as chosen_backend
 from pixart_kernels.dispatch import use_backend
 from pixart_kernels.kv_compression import compress_kv
 from pixart_kernels.mlp import bias_gelu
@@ -20,6 +21,7 @@ __all__ = [
     "adaln_single",
     "attention",
     "bias_gelu",
+    "chosen_backend",
     "compress_kv",
     "cross_attention",
     "gated_residual",

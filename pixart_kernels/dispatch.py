@@ -120,7 +120,13 @@ def why_not_auto(op: str, backend: str, x: Tensor) -> str | None:
 
 
 def chosen(op: str, x: Tensor, backend: str | None = None) -> str:
-    """The name of the backend that would run ``op`` on ``x``."""
+    """The name of the backend that would run ``op`` on ``x``, as ``pk.chosen_backend``.
+
+    Raises RuntimeError, listing every backend's reason, if the one asked for cannot run; ValueError
+    for an op or a backend that does not exist.
+    """
+    if op not in _implementations:
+        raise ValueError(f"`op` is {op!r}; accepted: {', '.join(ops())}")
     name = _backend if backend is None else _checked(backend)
     if name == "auto":
         return next(b for b in PRIORITY if why_not_auto(op, b, x) is None)

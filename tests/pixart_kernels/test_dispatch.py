@@ -39,6 +39,11 @@ def test_every_public_op_has_a_reference_with_its_signature() -> None:
         assert [name for name in public if name != "backend"] == list(reference)
 
 
+def test_an_op_that_does_not_exist_is_named() -> None:
+    with pytest.raises(ValueError, match="`op` is 'gelu'; accepted: .*bias_gelu"):
+        pk.chosen_backend("gelu", QKV)
+
+
 def test_auto_takes_only_what_was_verified(toy: torch.Tensor) -> None:
     assert dispatch.chosen("toy", toy) == "reference"
     assert "not verified on cpu" in dispatch.why_not_auto("toy", "native", toy)
