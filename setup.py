@@ -100,8 +100,23 @@ def switch(name: str) -> str:
     return value
 
 
+def max_jobs() -> str | None:
+    jobs = os.environ.get("MAX_JOBS")
+    if jobs and not (jobs.isdigit() and int(jobs) > 0):
+        raise SystemExit(f"MAX_JOBS is {jobs!r}; accepted: a number from 1 up")
+    return jobs or None
+
+
+MAX_JOBS = max_jobs()
 NATIVE, CUDA = switch("PIXART_KERNELS_NATIVE"), switch("PIXART_KERNELS_CUDA")
-REQUIRED = "1" in (NATIVE, CUDA)
+if NATIVE == "0" and CUDA == "1":
+    raise SystemExit(
+        "PIXART_KERNELS_CUDA=1 needs the library that PIXART_KERNELS_NATIVE=0 leaves out"
+    )
+ARCHS = os.environ.get("PIXART_KERNELS_CUDA_ARCHS", "")
+# architectures asked for by name are not left out quietly either
+CUDA_REQUIRED = CUDA == "1" or (CUDA == "auto" and ARCHS != "")
+REQUIRED = NATIVE == "1" or CUDA_REQUIRED
 
 
 @dataclass(frozen=True)
@@ -129,17 +144,19 @@ def find_nvcc(compiler: tuple[str, ...]) -> Nvcc:
     """The CUDA compiler, once it has said that it takes what it is going to be asked."""
     if CUDA == "0":
         raise CannotBuild("PIXART_KERNELS_CUDA=0 was set during the build")
-    archs = tuple(os.environ.get("PIXART_KERNELS_CUDA_ARCHS", "80;90a").split(";"))
-    if not all(re.fullmatch(r"\d{2,3}[af]?", arch) for arch in archs):
+    archs = tuple((ARCHS or "80;90a").split(";"))
+    numbers = [re.fullmatch(r"(\d{2,3})[af]?", arch) for arch in archs]
+    if not all(number and int(number.group(1)) >= 80 for number in numbers):
         raise SystemExit(
-            f"PIXART_KERNELS_CUDA_ARCHS is {';'.join(archs)!r}; accepted: a list like 80;90a"
+            f"PIXART_KERNELS_CUDA_ARCHS is {ARCHS!r}; accepted: a list like 80;90a, from 80 up"
         )
     home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
     found = shutil.which("nvcc", path=f"{home}/bin") if home else shutil.which("nvcc")
     if found is None and not home:
         found = shutil.which("nvcc", path="/usr/local/cuda/bin")
     if found is None:
-        raise CannotBuild(f"no nvcc was found in {home}/bin" if home else "no nvcc was found")
+        where = f" in {home}/bin" if home else ""
+        raise CannotBuild(f"no nvcc was found{where}; set CUDA_HOME to the CUDA toolkit's folder")
     said = subprocess.run([found, "--version"], capture_output=True, text=True).stdout
     release = re.search(r"release (\d+)\.(\d+)", said)
     if release is None or tuple(map(int, release.groups())) < OLDEST_NVCC:
@@ -150,7 +167,7 @@ def find_nvcc(compiler: tuple[str, ...]) -> Nvcc:
     generic = [arch for arch in archs if arch.isdigit()]
     ptx = max(generic, key=int, default=None)
     host: list[str] = []
-    if "CXX" in os.environ:
+    if os.environ.get("CXX"):
         # a wrapper such as ccache is not for nvcc, the compiler's flags are
         flags = [word for word in compiler if word.startswith("-")]
         program = [word for word in compiler if not word.startswith("-")][-1]
@@ -261,12 +278,15 @@ def find_toolchain() -> Toolchain:
     if tuple(map(int, re.findall(r"\d+", version)[:2])) < ABI_TARGET:
         wanted = ".".join(map(str, ABI_TARGET))
         raise CannotBuild(f"torch {version} is installed and the kernels need {wanted} or newer")
-    candidates = [os.environ["CXX"]] if "CXX" in os.environ else ["c++", "g++", "clang++"]
+    candidates = [os.environ["CXX"]] if os.environ.get("CXX") else ["c++", "g++", "clang++"]
     # CXX may hold a wrapper or flags as well: "ccache g++"
     commands = (shlex.split(name) for name in candidates)
     compiler = next((tuple(words) for words in commands if words and shutil.which(words[0])), None)
     if compiler is None:
-        raise CannotBuild(f"no C++ compiler was found (looked for {', '.join(candidates)})")
+        raise CannotBuild(
+            f"no C++ compiler was found (looked for {', '.join(candidates)}); install one, such as "
+            "g++, then install this package again"
+        )
     described = subprocess.run([*compiler, "--version"], capture_output=True, text=True)
     first_line = described.stdout.splitlines()[0] if described.stdout else shlex.join(compiler)
     x86 = platform.machine().lower() in ("x86_64", "amd64")
@@ -338,8 +358,7 @@ def run_steps(steps: list[Step], folder: Path) -> None:
             lines += [f"build {_escaped(step.output)}: r{i} {inputs}"]
         file = folder / f"{steps[-1].output.name}.ninja"
         (ROOT / file).write_text("\n".join(lines) + "\n")
-        jobs = os.environ.get("MAX_JOBS")
-        commands = [(ninja, "-f", str(file), *(["-j", jobs] if jobs else []))]
+        commands = [(ninja, "-f", str(file), *(["-j", MAX_JOBS] if MAX_JOBS else []))]
     for command in commands:
         done = subprocess.run(
             command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
@@ -434,7 +453,7 @@ class BuildExt(build_ext):
             nvcc = find_nvcc(toolchain.compiler)
             self._compile(toolchain, nvcc, library)
         except CannotBuild as problem:
-            if CUDA == "1":
+            if CUDA_REQUIRED:
                 raise
             say(f"building without CUDA kernels: {problem}")
             self._compile(toolchain, None, library)
@@ -493,7 +512,9 @@ class BuildExt(build_ext):
     def _compile_introspection(self, toolchain: Toolchain, library: Path) -> None:
         pybind11 = importlib.util.find_spec("pybind11")
         if pybind11 is None:
-            raise CannotBuild("pybind11 was not found by the build")
+            raise CannotBuild(
+                "pybind11 was not found by the build; install it, then this package again"
+            )
         python = Path(sysconfig.get_path("include"))
         if not (python / "Python.h").exists():
             raise CannotBuild(f"{python} has no Python.h; install Python's development files")

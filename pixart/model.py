@@ -30,25 +30,25 @@ MAX_CACHED_GRIDS = 64
 Modulation = tuple[Tensor, Tensor]
 
 
-class LinearBeforeGelu(nn.Linear):
-    """Can leave its bias to a GELU that adds it: its gradient then costs no pass of its own."""
-
-    def forward(self, x: Tensor, leave_bias: bool = False) -> Tensor:
-        return F.linear(x, self.weight, None if leave_bias else self.bias)
-
-
 class Mlp(nn.Module):
     def __init__(self, in_features: int, hidden: int, out_features: int) -> None:
         super().__init__()
-        self.fc1 = LinearBeforeGelu(in_features, hidden)
+        self.fc1 = nn.Linear(in_features, hidden)
         self.fc2 = nn.Linear(hidden, out_features)
 
     def forward(self, x: Tensor) -> Tensor:
-        # what an adapter or a quantiser puts in its place adds the bias itself
-        plain = not isinstance(self.fc1, LinearBeforeGelu)
-        if plain or pk.chosen_backend("bias_gelu", x) == "reference":
-            return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
-        return self.fc2(pk.bias_gelu(self.fc1(x, leave_bias=True), self.fc1.bias))
+        if self._fuses(x):
+            return self.fc2(pk.bias_gelu(F.linear(x, self.fc1.weight), self.fc1.bias))
+        return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
+
+    def _fuses(self, x: Tensor) -> bool:
+        """Whether fc1 is as it was made, so that nobody expects to see its output."""
+        fc1 = self.fc1
+        watched = fc1._forward_hooks or fc1._forward_pre_hooks or fc1._backward_hooks
+        watched = watched or fc1._backward_pre_hooks
+        if type(fc1) is not nn.Linear or fc1.bias is None or watched:
+            return False
+        return pk.chosen_backend("bias_gelu", x) != "reference"
 
 
 class PatchEmbed(nn.Module):

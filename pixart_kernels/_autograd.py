@@ -9,7 +9,10 @@ from torch import Tensor
 
 
 def differentiated(*tensors: Tensor | None) -> bool:
-    """Whether a gradient will be asked for: a Function costs more than a small kernel."""
+    """Whether a derivative will be asked for: a Function costs more than a small kernel."""
+    # a Function refuses the tangent of forward-mode differentiation; a bare kernel would drop it
+    if torch.autograd.forward_ad._current_level >= 0:
+        return True
     if not torch.is_grad_enabled():
         return False
     return any(tensor is not None and tensor.requires_grad for tensor in tensors)

@@ -15,11 +15,15 @@ def shape(tensor: Tensor) -> str:
 
 
 def check_floating(op: str, **tensors: Tensor) -> None:
-    """Raises TypeError for a non-floating tensor, ValueError for tensors on different devices."""
+    """Raises TypeError for what is no floating tensor, ValueError for different devices."""
     device = None
     for name, tensor in tensors.items():
-        if not tensor.is_floating_point():
-            raise TypeError(f"{op}: `{name}` has dtype {tensor.dtype}; accepted: a floating dtype")
+        if not isinstance(tensor, Tensor):
+            got = type(tensor).__name__
+            raise TypeError(f"{op}: `{name}` is a {got}; accepted: a floating tensor")
+        if not tensor.is_floating_point() or tensor.dtype.itemsize < 2:
+            accepted = "a floating dtype of 16 bits or more"
+            raise TypeError(f"{op}: `{name}` has dtype {tensor.dtype}; accepted: {accepted}")
         if device is not None and tensor.device != device:
             raise wrong(op, name, f"on {tensor.device}", f"a tensor on {device}, like the others")
         device = tensor.device

@@ -10,6 +10,7 @@ import hashlib
 import json
 import platform
 import re
+from functools import lru_cache
 from pathlib import Path
 
 import torch
@@ -128,7 +129,32 @@ def why_not_cuda(x: torch.Tensor) -> str | None:
         return f"CUDA kernels are not built: {cuda.get('reason', 'the build says nothing of them')}"
     if x.device.type != "cuda":
         return f"CUDA kernels run on a GPU and x is on {x.device}"
+    capability = _capability(x.device)
+    if not _runs_on(cuda, capability):
+        built = ", ".join([*cuda.get("archs", ()), *filter(None, [cuda.get("ptx")])])
+        here = "sm_{}{}".format(*capability)
+        return (
+            f"CUDA kernels were built for {built} and {x.device} is {here}; "
+            f"set PIXART_KERNELS_CUDA_ARCHS and {_REBUILD}"
+        )
     return why_not_dtype("cuda", x)
+
+
+@lru_cache
+def _capability(device: torch.device) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(device)
+
+
+def _runs_on(cuda: dict, capability: tuple[int, int]) -> bool:
+    """Machine code runs within its major version, from its minor one up; PTX on all that follow."""
+    major, minor = capability
+    for arch in cuda.get("archs", ()):
+        built_major, built_minor = divmod(int(re.sub(r"\D", "", arch)), 10)
+        newer = minor == built_minor if arch[-1].isalpha() else minor >= built_minor
+        if built_major == major and newer:
+            return True
+    ptx = cuda.get("ptx")
+    return ptx is not None and 10 * major + minor >= int(re.sub(r"\D", "", ptx))
 
 
 def why_not_dtype(backend: str, x: torch.Tensor) -> str | None:

@@ -25,7 +25,10 @@ except ModuleNotFoundError:
 except ImportError as error:
     problem = f"triton is installed and cannot be imported: {error}"
 else:
-    INTERPRETED = triton.knobs.runtime.interpret
+    if hasattr(triton, "knobs"):
+        INTERPRETED = triton.knobs.runtime.interpret
+    else:
+        problem = f"triton {triton.__version__} is too old; upgrade it: pip install -U triton"
 
 
 def why_not_triton(x: Tensor) -> str | None:

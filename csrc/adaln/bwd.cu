@@ -242,6 +242,7 @@ int64_t chunks_cuda(const Shape& shape) {
 
 void backward_cuda(const Backward& call, void* stream) {
   const Shape& shape = call.shape;
+  if (shape.B == 0 || shape.N == 0 || shape.D == 0) return;
   const Args args{call, cut_backward(shape)};
   const bool norm = bool(call.scale), branch = call.dbranch.data != nullptr || bool(call.gate);
   bool vector = shape.D % kColumns == 0;

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from functools import partial
 
+import torch
 from torch import Tensor
 
 from pixart_kernels import _triton
@@ -23,16 +24,30 @@ def _check_tokens(op: str, x: Tensor, branch: Tensor | None = None) -> None:
         raise wrong(op, "branch", shape(branch), f"the shape of x, {shape(x)}")
 
 
-def _check_rows(op: str, x: Tensor, table: Tensor, t: Tensor, **rows: int) -> None:
+def _check_rows(
+    op: str,
+    x: Tensor,
+    table: Tensor,
+    t: Tensor,
+    names: tuple[str, str] = ("table", "t"),
+    **rows: int,
+) -> None:
     B, _, D = x.shape
     if table.dim() != 2 or table.shape[1] != D:
-        raise wrong(op, "table", shape(table), f"(R, {D})")
+        raise wrong(op, names[0], shape(table), f"(R, {D})")
     R = table.shape[0]
     if t.shape != (B, R * D) and t.shape != (B, R, D):
-        raise wrong(op, "t", shape(t), f"({B}, {R * D}) or ({B}, {R}, {D})")
+        raise wrong(op, names[1], shape(t), f"({B}, {R * D}) or ({B}, {R}, {D})")
     for name, row in rows.items():
-        if not 0 <= row < R:
-            raise wrong(op, name, row, f"0 to {R - 1}, a row of table")
+        if not isinstance(row, (int, torch.SymInt)) or not 0 <= row < R:
+            raise wrong(op, name, repr(row), f"0 to {R - 1}, a row of {names[0]}")
+
+
+def _check_tuple(op: str, name: str, found: object, accepted: str) -> None:
+    length = accepted.count(",") + 1
+    if not isinstance(found, (tuple, list)) or len(found) != length:
+        count = f" of {len(found)}" if isinstance(found, (tuple, list)) else ""
+        raise wrong(op, name, f"a {type(found).__name__}{count}", accepted)
 
 
 def adaln_single(
@@ -120,14 +135,16 @@ def gated_residual_adaln(
     Raises like :func:`adaln_single`.
     """
     op = "gated_residual_adaln"
+    _check_tuple(op, "modulation", modulation, "(table, t, shift_row, scale_row)")
     table, t, shift_row, scale_row = modulation
     check_floating(op, x=x, branch=branch, table=table, t=t)
     _check_tokens(op, x, branch)
     _check_rows(op, x, table, t, shift_row=shift_row, scale_row=scale_row)
     if gate is not None:
+        _check_tuple(op, "gate", gate, "(table, t, gate_row) or None")
         gate_table, gate_t, gate_row = gate
         check_floating(op, x=x, gate_table=gate_table, gate_t=gate_t)
-        _check_rows(op, x, gate_table, gate_t, gate_row=gate_row)
+        _check_rows(op, x, gate_table, gate_t, ("gate_table", "gate_t"), gate_row=gate_row)
     return select(op, x, backend)(x, branch, gate=gate, modulation=modulation, eps=eps)
 
 

@@ -75,7 +75,7 @@ def emulated_package(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize(
-    "tests", ["adaln/test_adaln_native.py", "mlp/test_mlp_native.py"], ids=lambda path: path[:5]
+    "tests", ["adaln/test_adaln_native.py", "mlp/test_mlp_native.py"], ids=["adaln", "mlp"]
 )
 def test_cuda_kernels_pass_the_tests_of_the_cpu_kernels(
     emulated_package: Path, tmp_path: Path, tests: str

@@ -163,3 +163,22 @@ def test_a_pure_python_install_says_why(copied):
     info = {"package_version": "0", "native": False, "reason": "no C++ compiler was found"}
     (copied / "_build_info.json").write_text(json.dumps(info))
     assert status_of(copied) == "the compiled extension is not built: no C++ compiler was found"
+
+
+@pytest.mark.parametrize(
+    "archs, ptx, capability, runs",
+    [
+        (["sm_80", "sm_90a"], "compute_80", (7, 5), False),
+        (["sm_80", "sm_90a"], "compute_80", (8, 0), True),
+        (["sm_80", "sm_90a"], "compute_80", (8, 9), True),
+        (["sm_80", "sm_90a"], "compute_80", (9, 0), True),
+        (["sm_80", "sm_90a"], "compute_80", (12, 0), True),
+        (["sm_90a"], None, (8, 0), False),
+        (["sm_90a"], None, (10, 0), False),
+        (["sm_86"], None, (8, 0), False),
+        (["sm_100a"], None, (10, 3), False),
+    ],
+)
+def test_which_gpus_the_cuda_kernels_run_on(archs, ptx, capability, runs):
+    cuda = {"built": True, "archs": archs, "ptx": ptx}
+    assert _extension._runs_on(cuda, capability) == runs

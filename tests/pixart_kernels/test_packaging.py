@@ -123,7 +123,7 @@ def test_with_compiler_and_nvcc(tree, tmp_path):
 
 def test_without_a_compiler(tree, tmp_path):
     installed = install(tree, tmp_path, CXX="/nonexistent/c++")
-    assert installed.problem.endswith("no C++ compiler was found (looked for /nonexistent/c++)")
+    assert "no C++ compiler was found (looked for /nonexistent/c++); install" in installed.problem
     assert installed.problem in installed.doctor
     assert (installed.backend, installed.kernels) == ("reference", 0)
 
@@ -134,7 +134,8 @@ def test_without_nvcc(tree, tmp_path):
     assert (installed.problem, installed.backend) == (None, "native")
     assert installed.build_info["cuda"] == {
         "built": False,
-        "reason": "no nvcc was found in /nonexistent/bin",
+        "reason": "no nvcc was found in /nonexistent/bin; "
+        "set CUDA_HOME to the CUDA toolkit's folder",
     }
     assert "CUDA kernels: none were built: no nvcc was found" in installed.doctor
     assert installed.kernels == 0
@@ -155,9 +156,21 @@ def test_nvcc_that_fails_costs_nothing_but_the_cuda_kernels(tree, tmp_path):
         ({"PIXART_KERNELS_NATIVE": "1", "CXX": "/nonexistent/c++"}, "no C++ compiler was found"),
         ({"PIXART_KERNELS_CUDA": "1", "CXX": "/nonexistent/c++"}, "no C++ compiler was found"),
         ({"PIXART_KERNELS_CUDA": "1", "CUDA_HOME": "/nonexistent"}, "no nvcc was found"),
+        (
+            {"PIXART_KERNELS_CUDA_ARCHS": "90a", "CUDA_HOME": "/nonexistent"},
+            "no nvcc was found",
+        ),
         ({"PIXART_KERNELS_CUDA": "yes"}, "PIXART_KERNELS_CUDA is 'yes'; accepted: auto, 0, 1"),
+        ({"MAX_JOBS": "all"}, "MAX_JOBS is 'all'; accepted: a number from 1 up"),
+        (
+            {"PIXART_KERNELS_CUDA": "1", "PIXART_KERNELS_NATIVE": "0"},
+            "PIXART_KERNELS_CUDA=1 needs the library that PIXART_KERNELS_NATIVE=0 leaves out",
+        ),
     ],
-    ids=["native", "cuda-without-compiler", "cuda-without-nvcc", "unknown-value"],
+    ids=[
+        *("native", "cuda-without-compiler", "cuda-without-nvcc", "archs-without-nvcc"),
+        *("unknown-value", "jobs", "cuda-without-native"),
+    ],
 )
 def test_what_was_demanded_and_cannot_be_is_an_error(tree, tmp_path, changes, words):
     if no_compiler and "nvcc" in words:
@@ -224,7 +237,7 @@ def test_nvcc_is_asked_for_code_of_each_architecture_and_ptx(script, tmp_path, m
         "-gencode=arch=compute_80,code=compute_80",
     ]
     assert not [flag for flag in nvcc.flags if "ccbin" in flag]
-    monkeypatch.setenv("PIXART_KERNELS_CUDA_ARCHS", "90a")
+    monkeypatch.setattr(script, "ARCHS", "90a")
     assert script.find_nvcc(("c++",)).ptx is None
 
 
@@ -252,9 +265,9 @@ def test_what_nvcc_cannot_do_is_one_sentence(script, tmp_path, monkeypatch, fake
     assert str(nvcc) in str(raised.value)
 
 
-@pytest.mark.parametrize("archs", ["", "8.0", "80 90a", "sm_80", "80;"])
+@pytest.mark.parametrize("archs", ["8.0", "80 90a", "sm_80", "80;", "75"])
 def test_a_malformed_list_of_architectures_is_refused(script, monkeypatch, archs):
-    monkeypatch.setenv("PIXART_KERNELS_CUDA_ARCHS", archs)
+    monkeypatch.setattr(script, "ARCHS", archs)
     with pytest.raises(SystemExit, match="accepted: a list like 80;90a"):
         script.find_nvcc(("c++",))
 

@@ -206,6 +206,13 @@ def check_only_one_output_used(op, backend, device="cpu"):
             torch.testing.assert_close(a.expand_as(b), b, rtol=1e-4, atol=1e-5)
 
 
+def check_forward_mode_is_refused(op, backend, device="cpu"):
+    """Rather than tangents dropped."""
+    leaves = tuple(inputs((2, 5, 24), device=device))
+    with pytest.raises(RuntimeError, match="jvp|forward"):
+        torch.func.jvp(lambda *args: op(*args, backend=backend), leaves, leaves)
+
+
 def check_a_plain_residual_keeps_no_branch(backend, device="cpu"):
     leaves = [leaf.requires_grad_() for leaf in inputs((2, 5, 24), device=device)]
     kept = []

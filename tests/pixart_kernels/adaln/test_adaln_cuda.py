@@ -25,7 +25,7 @@ pytestmark = [
 ]
 
 # one token; odd everything; the model's width; widths that no vector or half-warp divides, or one
-# row of which fills a block; many rows; no tokens; no samples
+# row of which fills a block; many rows; no tokens; no samples; no columns
 SHAPES = [
     (1, 1, 8),
     (3, 11, 72),
@@ -37,6 +37,7 @@ SHAPES = [
     (1, 4095, 384),
     (2, 0, 16),
     (0, 3, 16),
+    (2, 3, 0),
 ]
 
 
@@ -111,21 +112,23 @@ def test_nan_and_infinity_reach_the_output(dtype):
 @pytest.mark.parametrize("dtype", [FP32, BF16], ids=str)
 def test_same_bits_a_hundred_times(op, dtype):
     leaves = inputs((8, 301, 1152), dtype, device=DEVICE)
-    expected = run(op, leaves, "cuda")
+    out_grads = cases.gradients_like(op(*leaves))
+    expected = run(op, leaves, "cuda", out_grads)
     for _ in range(100):
-        cases.assert_same_bits(expected, run(op, leaves, "cuda"))
+        cases.assert_same_bits(expected, run(op, leaves, "cuda", out_grads))
 
 
 def test_runs_on_the_current_stream():
     leaves = inputs((8, 1024, 1152), BF16, device=DEVICE)
-    expected = run(cases.gated_residual_adaln, leaves, "cuda")
+    out_grads = cases.gradients_like(cases.gated_residual_adaln(*leaves))
+    expected = run(cases.gated_residual_adaln, leaves, "cuda", out_grads)
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         # long before the inputs are ready, were it on another stream
         torch.cuda._sleep(10_000_000)
         late = [leaf.clone() for leaf in leaves]
-        actual = run(cases.gated_residual_adaln, late, "cuda")
+        actual = run(cases.gated_residual_adaln, late, "cuda", out_grads)
     torch.cuda.synchronize()
     cases.assert_same_bits(expected, actual)
 
@@ -133,10 +136,11 @@ def test_runs_on_the_current_stream():
 @per_op
 def test_captured_in_a_graph(op):
     leaves = inputs((2, 65, 1152), BF16, device=DEVICE)
-    expected = run(op, leaves, "cuda")
+    out_grads = cases.gradients_like(op(*leaves))
+    expected = run(op, leaves, "cuda", out_grads)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        captured = run(op, leaves, "cuda")
+        captured = run(op, leaves, "cuda", out_grads)
     graph.replay()
     cases.assert_same_bits(expected, captured)
 

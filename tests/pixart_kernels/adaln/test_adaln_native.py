@@ -15,7 +15,7 @@ pytestmark = pytest.mark.skipif(
 )
 
 # one token; odd everything; the model's width; a width that fills no vector; several chunks of
-# rows; no tokens; no samples
+# rows; no tokens; no samples; no columns
 SHAPES = [
     (1, 1, 8),
     (3, 7, 72),
@@ -24,6 +24,7 @@ SHAPES = [
     (1, 1000, 384),
     (2, 0, 16),
     (0, 3, 16),
+    (2, 3, 0),
 ]
 
 
@@ -165,3 +166,8 @@ def test_a_named_backend_that_cannot_run_lists_every_reason():
 
 def test_a_plain_residual_keeps_no_branch():
     cases.check_a_plain_residual_keeps_no_branch("native")
+
+
+@per_op
+def test_forward_mode_is_refused(op):
+    cases.check_forward_mode_is_refused(op, "native")

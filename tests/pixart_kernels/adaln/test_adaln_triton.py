@@ -25,7 +25,7 @@ pytestmark = [
 on_gpu = pytest.mark.skipif(DEVICE == "cpu", reason="needs a CUDA device")
 
 # one token; odd everything; the model's width; a width that masks; a power of two; several tiles;
-# no tokens; no samples
+# no tokens; no samples; no columns
 SHAPES = [
     (1, 1, 8),
     (3, 11, 72),
@@ -35,6 +35,7 @@ SHAPES = [
     (2, 9, 200),
     (2, 0, 16),
     (0, 3, 16),
+    (2, 3, 0),
 ]
 
 
@@ -139,9 +140,10 @@ def test_any_number_of_splits(op, splits, monkeypatch):
 def test_bitwise_repeatable(op):
     B, N, D, times = (2, 5, 72, 1) if _triton.INTERPRETED else (8, 301, 1152, 100)
     leaves = inputs((B, N, D), BF16, device=DEVICE)
-    expected = run(op, leaves, "triton")
+    out_grads = cases.gradients_like(op(*leaves))
+    expected = run(op, leaves, "triton", out_grads)
     for _ in range(times):
-        cases.assert_same_bits(expected, run(op, leaves, "triton"))
+        cases.assert_same_bits(expected, run(op, leaves, "triton", out_grads))
 
 
 def test_normalises_what_was_stored():
@@ -242,3 +244,8 @@ pk.adaln_single(x, table, table[None], shift_row=0, scale_row=1, backend="triton
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert "cannot run adaln_single: triton is not installed; install it with `pip " in done.stderr
+
+
+@per_op
+def test_forward_mode_is_refused(op):
+    cases.check_forward_mode_is_refused(op, "triton", DEVICE)

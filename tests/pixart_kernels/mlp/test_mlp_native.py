@@ -147,3 +147,10 @@ def test_a_named_backend_that_cannot_run_says_why():
     x, bias = inputs((2, 8))
     with pytest.raises(RuntimeError, match="'native' cannot run bias_gelu: x is torch.float64"):
         pk.bias_gelu(x.double(), bias, backend="native")
+
+
+def test_forward_mode_is_refused():
+    """Rather than tangents dropped."""
+    leaves = tuple(inputs((3, 24)))
+    with pytest.raises(RuntimeError, match="jvp|forward"):
+        torch.func.jvp(lambda x, b: pk.bias_gelu(x, b, backend="native"), leaves, leaves)

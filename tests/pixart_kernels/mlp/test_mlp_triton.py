@@ -152,3 +152,10 @@ def test_compiles_as_one_graph_with_one_recompilation_for_other_lengths():
         actual = [y, *torch.autograd.grad(y, (x, bias), dy)]
         assert all(map(torch.equal, run([x, bias], "triton", dy), actual))
     assert len(graphs) == 2
+
+
+def test_forward_mode_is_refused():
+    """Rather than tangents dropped."""
+    leaves = tuple(inputs((3, 24)))
+    with pytest.raises(RuntimeError, match="jvp|forward"):
+        torch.func.jvp(lambda x, b: pk.bias_gelu(x, b, backend="triton"), leaves, leaves)
