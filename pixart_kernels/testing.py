@@ -87,6 +87,7 @@ class Resources:
     stack: int  # bytes of each thread; more than none are registers that spilled
     shared: int  # bytes of each program
     loads: tuple[int, ...]  # bytes that each instruction reads from global memory at once
+    products: tuple[str, ...]  # kinds of instructions for tensor cores
 
 
 @contextmanager
@@ -147,10 +148,16 @@ def compiled_resources(launch: Launch, arch: int) -> Resources:
         command = [triton.knobs.nvidia.cuobjdump.path, "--dump-resource-usage", cubin.name]
         usage = subprocess.run(command, check=True, capture_output=True, text=True).stdout
     counts = dict(re.findall(r"(\w+):(\d+)", usage))
-    loads = re.findall(r"ld\.global\S*?(?:\.v(\d))?\.[bfus](\d+) ", compiled.asm["ptx"])
+    ptx = compiled.asm["ptx"]
+    loads = re.findall(r"ld\.global\S*?(?:\.v(\d))?\.[bfus](\d+) ", ptx)
+    copies = re.findall(r"cp\.async\.c[ag]\.shared\.global \[.*?\], \[.*?\], (\w+)", ptx)
     return Resources(
         registers=int(counts["REG"]),
         stack=int(counts["STACK"]),
         shared=compiled.metadata.shared,
-        loads=tuple(int(vector or 1) * int(bits) // 8 for vector, bits in loads),
+        loads=(
+            *(int(vector or 1) * int(bits) // 8 for vector, bits in loads),
+            *(int(size, 0) for size in copies),
+        ),
+        products=tuple(sorted(set(re.findall(r"\bmma\.sync|wgmma\.mma_async|tcgen05\.mma", ptx)))),
     )

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
+from pixart_kernels import _triton
 from pixart_kernels._checks import check_floating, shape, wrong
-from pixart_kernels.attention import reference
+from pixart_kernels.attention import autograd, reference
 from pixart_kernels.dispatch import register, select
+
+if _triton.problem is None:
+    from pixart_kernels.attention import triton  # noqa: F401  (fills KERNELS)
 
 
 def self_attention(qkv: Tensor, num_heads: int, *, backend: str | None = None) -> Tensor:
@@ -92,3 +98,5 @@ def cross_attention(
 
 for _op in ("self_attention", "attention", "cross_attention"):
     register(_op, "reference", getattr(reference, _op))
+for _op in ("self_attention", "attention"):
+    register(_op, "triton", partial(getattr(autograd, _op), "triton"), _triton.why_not_triton)

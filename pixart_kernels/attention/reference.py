@@ -19,7 +19,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 def self_attention(qkv: Tensor, num_heads: int) -> Tensor:
     B, N, width = qkv.shape
-    q, k, v = qkv.view(B, N, 3, num_heads, -1).unbind(2)
+    q, k, v = qkv.view(B, N, 3, num_heads, width // (3 * num_heads)).unbind(2)
     return attention(q, k, v).reshape(B, N, width // 3)
 
 
