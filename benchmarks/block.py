@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import argparse
 import copy
+import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,11 +23,10 @@ from rich.progress import track
 from torch import Tensor, nn
 
 import pixart_kernels as pk
-from benchmarks.environment import environment, folder
+from benchmarks.environment import environment, folder, write
 from benchmarks.memory import step_memory
-from benchmarks.providers import Outputs
+from benchmarks.providers import Outputs, in_short
 from benchmarks.registry import PASSES
-from benchmarks.run import write
 from benchmarks.timing import Budget, measure
 from pixart.config import PixArtConfig
 from pixart.model import Block
@@ -34,6 +35,7 @@ from pixart_kernels.testing import assert_within_eager_error
 
 B, TEXT_TOKENS = 2, 120
 GRIDS = ((16, 16), (32, 32))
+PARTS = ("block", "adaLN part")  # in the order of `parts`
 
 
 class AdalnPart(nn.Module):
@@ -55,7 +57,6 @@ class AdalnPart(nn.Module):
 class Part:
     """A module and the tensors it is a function of, besides its parameters."""
 
-    name: str
     module: nn.Module
     inputs: list[Tensor]
     call: Callable[..., Outputs]  # call(module, *inputs)
@@ -83,7 +84,7 @@ class Part:
 
     def in_double(self) -> Part:
         inputs = [tensor.detach().double().requires_grad_() for tensor in self.inputs]
-        return Part(self.name, copy.deepcopy(self.module).double(), inputs, self.call)
+        return Part(copy.deepcopy(self.module).double(), inputs, self.call)
 
 
 def parts(grid: tuple[int, int], device: torch.device, dtype: torch.dtype) -> list[Part]:
@@ -107,9 +108,8 @@ def parts(grid: tuple[int, int], device: torch.device, dtype: torch.dtype) -> li
     tokens, vectors = (B, N, D), (leaf(B, 6 * D), leaf(6, D))
     block_inputs = [leaf(*tokens), leaf(*tokens), leaf(B, TEXT_TOKENS, D), *vectors]
     return [
-        Part("block", block, block_inputs, call_block),
+        Part(block, block_inputs, call_block),
         Part(
-            "adaLN part",
             adaln,
             [*(leaf(*tokens) for _ in range(4)), *vectors],
             lambda module, *inputs: module(*inputs),
@@ -174,6 +174,7 @@ def _wrong(found: list[Tensor], exact: list[Tensor], eager: list[Tensor]) -> str
 
 
 def time_part(part: Part, device: torch.device, seconds: float) -> dict:
+    deadline = time.perf_counter() + seconds
     variants = _variants(part)
     out_grads = [torch.randn_like(output) for output in variants["eager"]()]
 
@@ -202,9 +203,44 @@ def time_part(part: Part, device: torch.device, seconds: float) -> dict:
         memory[name] = step_memory(
             forward, lambda outputs: part.backward_without_parameters(outputs, out_grads), device
         )
-    measured = measure(steps, seconds).as_json()
-    about = {"part": part.name, "shape": list(part.inputs[0].shape), "text": TEXT_TOKENS}
-    return {**about, "incorrect": incorrect, "memory": memory, **measured}
+    measured = measure(steps, max(0.0, deadline - time.perf_counter())).as_json()
+    return {"incorrect": incorrect, "memory": memory, **measured}
+
+
+def run(
+    device: torch.device,
+    dtype: torch.dtype,
+    seconds: float,
+    save: Callable[[list[dict]], object] = lambda rows: None,
+) -> list[dict]:
+    """A row for each part at each grid, whether it was measured or not.
+
+    A part that has begun is finished. After each one ``save`` is given the rows as they would be if
+    this were the last one.
+    """
+    work = [(grid, index) for grid in GRIDS for index in range(len(PARTS))]
+    width = PixArtConfig(depth=1).hidden_size
+    rows = [
+        {
+            **{"part": PARTS[index], "shape": [B, grid[0] * grid[1], width], "text": TEXT_TOKENS},
+            "not_measured": "was stopped",
+        }
+        for grid, index in work
+    ]
+    budget = Budget(seconds, len(work))
+    tasks = zip(rows, work, strict=True)
+    for row, (grid, index) in track(list(tasks), description="a block's training step"):
+        share = budget.share()
+        if share == 0:
+            row["not_measured"] = f"{seconds:g} s were over"
+        else:
+            del row["not_measured"]
+            try:
+                row.update(time_part(parts(grid, device, dtype)[index], device, share))
+            except Exception as error:
+                row["failed"] = in_short(error)
+        save(rows)
+    return rows
 
 
 def main(argv: list[str]) -> None:
@@ -217,10 +253,12 @@ def main(argv: list[str]) -> None:
     arguments = parser.parse_args(argv)
     device = torch.device(arguments.device)
     dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
-    work = [(grid, index) for grid in GRIDS for index in range(2)]
-    budget, rows = Budget(arguments.budget, len(work)), []
     about = {"dtype": str(dtype).removeprefix("torch."), **environment(device)}
-    for grid, index in track(work, description="a block's training step"):
-        part = parts(grid, device, dtype)[index]
-        rows.append({**time_part(part, device, budget.share()), **about})
-    write((arguments.output or folder(device)) / "block.jsonl", rows)
+    file = (arguments.output or folder(device)) / "block.jsonl"
+
+    def save(rows: list[dict]) -> None:
+        write(file, [{**row, **about} for row in rows])
+
+    rows = run(device, dtype, arguments.budget, save)
+    print(f"{len(rows)} rows in {file}")
+    sys.exit(any("failed" in row for row in rows))

@@ -1,8 +1,9 @@
-"""What a result must say about where it came from."""
+"""What a result must say about where it came from, and how it is kept."""
 
 from __future__ import annotations
 
 import datetime
+import json
 import os
 import platform
 import re
@@ -23,6 +24,14 @@ def folder(device: torch.device) -> Path:
         return RESULTS / "cpu"
     name = re.sub(r"[^a-z0-9]+", "-", torch.cuda.get_device_name(device).lower())
     return RESULTS / f"{dispatch.architecture(device)}-{name}"
+
+
+def write(file: Path, rows: list[dict]) -> None:
+    """Whole or not at all."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    partial = file.with_name(file.name + ".partial")
+    partial.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    partial.replace(file)
 
 
 def _cpu_name() -> str:

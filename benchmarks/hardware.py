@@ -1,15 +1,19 @@
 """All that a GPU can prove, in one command: ``python -m benchmarks hardware --budget 540``.
 
-The tests that need a GPU, compute-sanitizer over every kernel, then the timings. A stage that
-fails does not hide the next; the exit status says whether any did. Everything goes to
-``benchmarks/results/<device>/``: ``hardware.jsonl`` has a line for each stage with the end of its
-output, beside the timings' own files.
+Whether the kernels can run at all, the tests that need a GPU, compute-sanitizer over every kernel,
+then the timings. A stage that fails does not hide the next; the exit status says whether any did.
+Everything goes to ``benchmarks/results/<device>/``: ``hardware.jsonl`` has a line for each stage
+with the end of its output, beside the timings' own files. ``--stages`` runs some of the stages and
+keeps the lines of the others.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import os
+import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -18,8 +22,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.environment import environment, folder
-from benchmarks.run import write
+from benchmarks.environment import environment, folder, write
 from benchmarks.timing import Budget
 
 ROOT = Path(__file__).parents[1]
@@ -40,9 +43,11 @@ class Stage:
 
 def stages(output: Path) -> list[Stage]:
     python = sys.executable
+    # a toolkit's installer does not put it on the path
+    checker = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
 
     def sanitizer(tool: str) -> Stage:
-        command = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "1"]
+        command = [checker, "--tool", tool, "--error-exitcode", "1"]
         # torch probes the driver in ways that count as API errors
         command += ["--report-api-errors", "no", python, "-m", "benchmarks.sanitize"]
         return Stage(tool, command, UNCACHED, 2)
@@ -52,8 +57,11 @@ def stages(output: Path) -> list[Stage]:
         return Stage(name, [*command, "--output", str(output)], {}, weight, timed=True)
 
     # not all of tests/: collecting the rest imports packages that a GPU machine may lack
-    tests = ["-m", "gpu", "tests/test_gpu.py", "tests/pixart_kernels"]
+    tests = ["-m", "gpu", "--continue-on-collection-errors"]
+    tests += ["tests/test_gpu.py", "tests/pixart_kernels"]
     return [
+        # twice a doctor's time, because the first import of torch reads a cold disk
+        Stage("kernels", [python, "-m", "benchmarks.kernels"], {}, 2),
         Stage("doctor", [python, "-m", "pixart_kernels.doctor"], {}, 1),
         Stage("tests", [python, "-m", "pytest", *tests], {}, 4),
         sanitizer("memcheck"),
@@ -70,20 +78,28 @@ def run_stage(stage: Stage, seconds: float) -> dict:
     if stage.timed:
         command += ["--budget", f"{max(1.0, seconds - MARGIN):.0f}"]
     try:
-        ended = subprocess.run(
+        process = subprocess.Popen(
             command,
             env={**os.environ, **stage.environment},
             cwd=ROOT,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
-            timeout=seconds,
+            start_new_session=True,  # a group of its own, to be stopped with all its children
         )
-        printed, status = ended.stdout, ended.returncode
-        outcome = "passed" if status == 0 else f"failed with status {status}"
-    except subprocess.TimeoutExpired as error:
-        printed, outcome = error.stdout or b"", f"stopped after {seconds:.0f} s"
     except OSError as error:
         printed, outcome = b"", f"did not start: {error}"
+    else:
+        try:
+            printed, _ = process.communicate(timeout=seconds)
+            status = process.returncode
+            outcome = "passed" if status == 0 else f"failed with status {status}"
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            printed, _ = process.communicate()
+            outcome = f"stopped after {seconds:.0f} s"
+        except KeyboardInterrupt:
+            os.killpg(process.pid, signal.SIGKILL)
+            raise
     return {
         "stage": stage.name,
         "outcome": outcome,
@@ -111,19 +127,38 @@ def table(rows: list[dict]) -> str:
     return "\n".join(["", *lines])
 
 
+def merged(file: Path, rows: list[dict]) -> list[dict]:
+    """``rows``, and those of ``file`` for stages that ``rows`` lacks, in the stages' order."""
+    earlier = map(json.loads, file.read_text().splitlines()) if file.exists() else ()
+    found = {row["stage"]: row for row in (*earlier, *rows)}
+    return [found[stage.name] for stage in stages(file.parent) if stage.name in found]
+
+
 def main(argv: list[str]) -> None:
+    names = [stage.name for stage in stages(Path())]
     parser = argparse.ArgumentParser(
         "python -m benchmarks hardware", description=(__doc__ or "").splitlines()[0]
     )
     parser.add_argument("--budget", type=float, default=540.0, help="seconds for everything")
+    parser.add_argument(
+        "--stages",
+        type=lambda text: text.split(","),
+        default=names,
+        help=f"some of them, separated by commas; default: {','.join(names)}",
+    )
     parser.add_argument("--output", type=Path, help="folder; default: benchmarks/results/<device>")
     arguments = parser.parse_args(argv)
+    unknown = [name for name in arguments.stages if name not in names]
+    if unknown:
+        parser.error(f"no stage is called {', '.join(unknown)}; there are {', '.join(names)}")
     if not torch.cuda.is_available():
         sys.exit("no CUDA device here; see docs/hardware.md for what was proven without one")
     device = torch.device("cuda")
     output = (arguments.output or folder(device)).resolve()
     about = environment(device)
-    rows = run_all(stages(output), arguments.budget)
-    write(output / "hardware.jsonl", [{**row, **about} for row in rows])
+    several = [stage for stage in stages(output) if stage.name in arguments.stages]
+    rows = run_all(several, arguments.budget)
+    file = output / "hardware.jsonl"
+    write(file, merged(file, [{**row, **about} for row in rows]))
     print(table(rows))
     sys.exit(any(row["outcome"] != "passed" for row in rows))

@@ -1,13 +1,14 @@
 """Draws an op family's results: ``python -m benchmarks plot``, into ``docs/images``.
 
-For a CPU, speed-ups over eager PyTorch at each shape; for a GPU, bandwidth over tokens under the
-roof of a copy of as many bytes.
+For a CPU, speed-ups over eager PyTorch (in 16 bits: the official formula) at each shape; for a
+GPU, bandwidth over tokens under the roof of a copy of as many bytes.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 from pathlib import Path
 
 import matplotlib
@@ -19,6 +20,7 @@ from matplotlib.figure import Figure
 
 from benchmarks.environment import RESULTS
 from benchmarks.registry import FAMILIES, TINY
+from benchmarks.rivals import EAGER_16BIT, baseline
 
 IMAGES = Path(__file__).parents[1] / "docs" / "images"
 MARKS = {
@@ -31,6 +33,7 @@ MARKS = {
     "triton, compiled": ("o", "tab:cyan"),
     "cuda, compiled": ("^", "tab:olive"),
     "eager": ("x", "tab:gray"),
+    EAGER_16BIT: ("x", "tab:brown"),
 }
 OTHER = ("P", "tab:purple")
 
@@ -72,12 +75,12 @@ def speed_ups(rows: list[dict]) -> Figure:
 
     def panel(ax: Axes, found: list[dict]) -> None:
         for name in dict.fromkeys(name for row in found for name in row["timings"]):
-            if name == "eager":
+            if name in ("eager", EAGER_16BIT):
                 continue
             here = [row for row in found if name in row["timings"]]
             mark, colour = MARKS.get(name, OTHER)
             ax.plot(
-                [r["timings"]["eager"]["median"] / r["timings"][name]["median"] for r in here],
+                [r["timings"][baseline(r)]["median"] / r["timings"][name]["median"] for r in here],
                 [labels.index(_label(row)) for row in here],
                 mark,
                 color=colour,
@@ -106,7 +109,7 @@ def bandwidths(rows: list[dict], op: str) -> Figure:
     rows = [row for row in rows if row["op"] == op and row["shape"][-1] == width]
 
     def tokens(row: dict) -> int:
-        return row["shape"][0] * row["shape"][1]
+        return math.prod(row["shape"][:-1])
 
     def panel(ax: Axes, found: list[dict]) -> None:
         for name in dict.fromkeys(name for row in found for name in row["timings"]):

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.registry import Case, Outputs
-from benchmarks.rivals import rivals
+from benchmarks.rivals import EAGER_16BIT, OFFICIAL, rivals
 from pixart_kernels import dispatch
 from pixart_kernels.testing import assert_within_eager_error
 
@@ -19,8 +19,13 @@ def providers(case: Case, x: Tensor) -> dict[str, tuple[Provider, Provider]]:
     """Each provider that can run on ``x``, with the plain PyTorch definition of what it does.
 
     Eager and compiled reference; each of our backends, alone and inside ``torch.compile`` (which
-    must not be slower than leaving the op to Inductor); other libraries' nearest kernels.
+    must not be slower than leaving the op to Inductor); the official formula in x's dtype, if that
+    has 16 bits; other libraries' nearest kernels.
     """
+    # every provider, with gradients and without, compiles the same function anew: at the default
+    # limit of 8 torch would go on in eager mode, and be timed as if compiled
+    torch._dynamo.config.recompile_limit = 64
+    torch._dynamo.config.fail_on_recompile_limit_hit = True
 
     def ours(backend: str) -> Provider:
         return lambda *tensors: case.op.call(backend, *tensors)
@@ -38,6 +43,9 @@ def providers(case: Case, x: Tensor) -> dict[str, tuple[Provider, Provider]]:
             found[backend] = ours(backend)
             found[f"{backend}, compiled"] = torch.compile(ours(backend), dynamic=False)
     checked = {name: (run, eager) for name, run in found.items()}
+    if x.dtype.itemsize == 2:
+        official = OFFICIAL[case.op.name]
+        checked[EAGER_16BIT] = official, official
     if x.is_cuda:
         for name, rival in rivals(case.op.name).items():
             checked[name] = rival.run, rival.definition
@@ -60,6 +68,10 @@ def _outputs_and_gradients(
     return [*outputs, *torch.autograd.grad(outputs, leaves, grads)]
 
 
+def in_short(error: Exception) -> str:
+    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+
+
 def wrong(definition: Provider, run: Provider, tensors: list[Tensor]) -> str | None:
     """What is wrong with ``run``'s outputs or gradients by the tests' error rule, or None."""
     with torch.no_grad():
@@ -75,8 +87,7 @@ def wrong(definition: Provider, run: Provider, tensors: list[Tensor]) -> str | N
             assert_within_eager_error(actual, reference, eager, terms=terms)
     # one that cannot even run is a finding, not the end of a benchmark
     except Exception as error:
-        reason = (str(error).splitlines() or [""])[0]
-        return reason if isinstance(error, AssertionError) else f"{type(error).__name__}: {reason}"
+        return in_short(error)
     return None
 
 

@@ -14,8 +14,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.environment import RESULTS, environment
-from benchmarks.run import write
+from benchmarks.environment import RESULTS, environment, write
 from benchmarks.timing import busy_seconds
 from pixart.quickstart import quickstart
 

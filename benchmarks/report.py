@@ -4,19 +4,25 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 
-from benchmarks.registry import TINY
+from benchmarks.registry import FAMILIES, TINY
+from benchmarks.rivals import EAGER_16BIT, baseline
 
 ROOT = Path(__file__).parents[1]
 RESULTS = "benchmarks/results"
-CPU_RIVALS = ("eager", "torch.compile")
+MMAPPED = 32 * 2**20  # bytes; above glibc's largest threshold
 LARGE_TOKENS = 32 * 1024  # from here on a GPU is full, and bandwidth all that counts
 
 
 def _rows(file: Path) -> list[dict]:
     return [json.loads(line) for line in file.read_text().splitlines()]
+
+
+def _by(shape) -> str:
+    return "×".join(map(str, shape))
 
 
 def _link(file: Path) -> str:
@@ -29,9 +35,16 @@ def _span(values: list[float], digits: int = 1) -> str:
     return low if low == high else f"{low}–{high}"
 
 
-def _ratios(rows: list[dict], rival: str, ours: Callable[[dict], str]) -> str:
+Name = Callable[[dict], str]  # of a row's provider
+
+
+def _always(name: str) -> Name:
+    return lambda row: name
+
+
+def _ratios(rows: list[dict], rival: Name, ours: Name) -> str:
     """How many times as fast ``ours`` is as ``rival``; bold where the rival was the faster."""
-    pairs = [(row["timings"].get(rival), row["timings"].get(ours(row))) for row in rows]
+    pairs = [(row["timings"].get(rival(row)), row["timings"].get(ours(row))) for row in rows]
     ratios = [them["median"] / us["median"] for them, us in pairs if them and us]
     if not ratios:
         return "–"
@@ -44,12 +57,18 @@ def _ratios(rows: list[dict], rival: str, ours: Callable[[dict], str]) -> str:
 def _missing(rows: list[dict]) -> str:
     """What a table's ratios do not contain."""
     unmeasured = sum("not_measured" in row for row in rows)
+    failed = [
+        f"{row.get('op', row.get('part'))} {_by(row['shape'])} {row['dtype']} ({row['failed']})"
+        for row in rows
+        if "failed" in row
+    ]
     wrong = sorted({name for row in rows for name in row.get("incorrect", ())})
-    return (f" Cases not measured: {unmeasured}." if unmeasured else "") + (
-        f" Failed the check at some shape, and was not timed there: {', '.join(wrong)}."
-        if wrong
-        else ""
-    )
+    sentences = [
+        (unmeasured, f"Cases not measured: {unmeasured}."),
+        (failed, f"Ended in an error: {', '.join(failed)}."),
+        (wrong, f"Failed the check at some shape, and was not timed there: {', '.join(wrong)}."),
+    ]
+    return "".join(f" {sentence}" for there_are, sentence in sentences if there_are)
 
 
 def cpu_table(file: Path) -> str:
@@ -70,8 +89,9 @@ def cpu_table(file: Path) -> str:
         cells = []
         for kind in kinds:
             found = [r for r in usual if r["op"] == op and (r["dtype"], r["pass"]) == kind]
-            against = [_ratios(found, rival, lambda _: "native") for rival in CPU_RIVALS]
-            compiled = _ratios(found, "torch.compile", lambda _: "native, compiled")
+            inductor = _always("torch.compile")
+            against = [_ratios(found, rival, _always("native")) for rival in (baseline, inductor)]
+            compiled = _ratios(found, inductor, _always("native, compiled"))
             cells.append(" / ".join(against) + (f" ({compiled})" if compiled != "–" else ""))
         lines.append(f"| `{op}` | " + " | ".join(cells) + " |")
     one = measured[0]
@@ -80,23 +100,35 @@ def cpu_table(file: Path) -> str:
     caption = [
         f"{one['device']}, {one['threads']} threads, torch {one['torch']}, commit {one['commit']}; "
         "medians of interleaved calls, lowest to highest over "
-        f"{', '.join('×'.join(map(str, shape)) for shape in shapes)}; "
+        f"{', '.join(map(_by, shapes))}; "
         + (
             f"{disturbed} of {len(usual)} rows were measured beside other work."
             if disturbed
             else "measured on a quiet machine."
         )
     ]
+    if any(baseline(row) == EAGER_16BIT for row in usual):
+        caption.append("16-bit columns: against the official formula in that type.")
     if "(" in "".join(lines[2:]):
         caption.append("In brackets: the op inside `torch.compile`, against Inductor's own code.")
     if "**" in "".join(lines):
         caption.append("Bold: at some shape the rival was faster.")
+    if one.get("malloc") == "default" and max(map(_largest, usual)) >= MMAPPED:
+        caption.append(
+            "Tensors of 32 MiB and more are mapped anew by glibc's malloc at each call, for every "
+            "provider alike."
+        )
     caption += _call_overhead([row for row in measured if row not in usual])
     caption.append(f"Spread and single rows: {_link(file)}.{_missing(rows)}")
     picture = f"docs/images/{file.stem}-cpu.png"
     if (ROOT / picture).exists():
         lines += ["", f"![Speed-up over eager PyTorch, by shape]({picture})"]
     return "\n".join([*lines, "", " ".join(caption)])
+
+
+def _largest(row: dict) -> int:
+    """Bytes of the largest tensor of a row: its residual stream."""
+    return math.prod(row["shape"]) * (4 if row["dtype"].startswith("float32") else 2)
 
 
 def _call_overhead(rows: list[dict]) -> list[str]:
@@ -108,7 +140,7 @@ def _call_overhead(rows: list[dict]) -> list[str]:
     for row in rows:
         ours, eager = (1e3 * row["timings"][name]["median"] for name in ("native", "eager"))
         parts.append(f"`{row['op']}` {row['pass']} {ours:.0f} ({eager:.0f})")
-    shape = "×".join(map(str, rows[0]["shape"]))
+    shape = _by(rows[0]["shape"])
     return [f"One eager call on {shape}, in µs, eager PyTorch in brackets: {', '.join(parts)}."]
 
 
@@ -136,7 +168,7 @@ def gpu_table(file: Path) -> str:
             for row in large
         ]
         cells = [_span(values, 0) if values else "–" for values in (rates, shares)]
-        cells += [_ratios(found, rival, ours) for rival in rivals]
+        cells += [_ratios(found, _always(rival), ours) for rival in rivals]
         lines.append(f"| `{op}` {which} | " + " | ".join(cells) + " |")
     one = rows[0]
     caption = (
@@ -149,14 +181,14 @@ def gpu_table(file: Path) -> str:
 
 
 def _tokens(row: dict) -> int:
-    count = 1
-    for size in row["shape"][:-1]:
-        count *= size
-    return count
+    return math.prod(row["shape"][:-1])
 
 
-def gpu(results: Path, family: str) -> str:
-    files = sorted(results.glob(f"sm_*/{family}.jsonl"))
+def gpu(results: Path) -> str:
+    named = [
+        folder / f"{family}.jsonl" for folder in sorted(results.glob("sm_*")) for family in FAMILIES
+    ]
+    files = [file for file in named if file.exists()]
     if not files:
         why = "nothing here has run on a GPU yet: [docs/hardware.md](docs/hardware.md)"
         return f"There are no GPU figures yet, because {why}."
@@ -165,7 +197,8 @@ def gpu(results: Path, family: str) -> str:
 
 def block(file: Path) -> str:
     """A training step's time and memory, with the ops and without."""
-    rows = _rows(file)
+    everything = _rows(file)
+    rows = [row for row in everything if "timings" in row]
     names = list(rows[0]["timings"])
     lines = [
         "| training step | " + " | ".join(names) + " |",
@@ -191,7 +224,7 @@ def block(file: Path) -> str:
         f"{one['dtype']}, batch {one['shape'][0]}, {one['text']} tokens of text, torch "
         f"{one['torch']}, commit {one['commit']}"
         + (f"; {disturbed} of {len(rows)} rows beside other work" if disturbed else "")
-        + f". {_link(file)}."
+        + f". {_link(file)}.{_missing(everything)}"
     )
     return "\n".join([*lines, "", caption])
 
@@ -230,7 +263,7 @@ BLOCKS: dict[str, Callable[[Path], str]] = {
     "adaln": lambda results: cpu_table(results / "cpu" / "adaln.jsonl"),
     "mlp": lambda results: cpu_table(results / "cpu" / "mlp.jsonl"),
     "block": lambda results: block(results / "cpu" / "block.jsonl"),
-    "gpu": lambda results: gpu(results, "adaln"),
+    "gpu": lambda results: gpu(results),
     "quickstart": lambda results: quickstart(results / "cpu" / "quickstart.jsonl"),
 }
 

@@ -1,6 +1,10 @@
-"""The nearest kernels of other libraries, where installed. None computes what PixArt's blocks do.
+"""What others run in place of our ops: the official formulas, and other libraries' kernels.
 
-Each is held against its own definition, since it does not have ours. What none of them has:
+``OFFICIAL`` is what official and diffusers code runs in 16 bits: every step in x's dtype, where
+our reference computes in fp32 and rounds once.
+
+The nearest kernels of other libraries, where installed: none computes what PixArt's blocks do. Each
+is held against its own definition, since it does not have ours. What none of them has:
 a gate (so `gated_residual` and `gated_residual_adaln` have no rival here; the RMSNorms with a
 residual add it ungated), rows composed from a table and t, or a bias with an ungated tanh-GELU.
 """
@@ -21,6 +25,53 @@ Outputs = tuple[Tensor, ...]
 class Rival:
     definition: Callable[..., Outputs]  # what it computes, in plain PyTorch
     run: Callable[..., Outputs]
+
+
+EAGER_16BIT = "eager, 16-bit"
+
+
+def baseline(row: dict) -> str:
+    """Whose time a result's speed-ups are over: what is run where our ops are not."""
+    return EAGER_16BIT if EAGER_16BIT in row["timings"] else "eager"
+
+
+def _row(x: Tensor, table: Tensor, t: Tensor, row: int) -> Tensor:
+    return (table.to(x.dtype)[row] + t.reshape(len(t), *table.shape)[:, row])[:, None]
+
+
+def _modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    return F.layer_norm(x, x.shape[-1:], eps=1e-6) * (1 + scale) + shift
+
+
+def _adaln_single(x: Tensor, table: Tensor, t: Tensor) -> Outputs:
+    return (_modulate(x, _row(x, table, t, 0), _row(x, table, t, 1)),)
+
+
+def _gated_residual(x: Tensor, branch: Tensor, table: Tensor, t: Tensor) -> Outputs:
+    return (x + _row(x, table, t, 2) * branch,)
+
+
+def _gated_residual_adaln(x: Tensor, branch: Tensor, table: Tensor, t: Tensor) -> Outputs:
+    (x_new,) = _gated_residual(x, branch, table, t)
+    return x_new, _modulate(x_new, _row(x, table, t, 3), _row(x, table, t, 4))
+
+
+def _adaln_modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Outputs:
+    return (_modulate(x, shift[:, None], scale[:, None]),)
+
+
+def _bias_gelu(x: Tensor, bias: Tensor) -> Outputs:
+    return (F.gelu(x + bias.to(x.dtype), approximate="tanh"),)
+
+
+# op -> its formula on the tensors that the registry gives it
+OFFICIAL: dict[str, Callable[..., Outputs]] = {
+    "adaln_single": _adaln_single,
+    "gated_residual": _gated_residual,
+    "gated_residual_adaln": _gated_residual_adaln,
+    "adaln_modulate": _adaln_modulate,
+    "bias_gelu": _bias_gelu,
+}
 
 
 def _import(name: str):

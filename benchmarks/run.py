@@ -3,22 +3,23 @@
 Before anything is timed, each provider's outputs and gradients are held against the definition
 in float64 with the tests' error rule; a provider that fails is reported and not timed. Results go
 to ``benchmarks/results/<device>/<family>.jsonl``, one line for each op, shape, dtype and pass;
-what the budget did not reach has a line too, that says so.
+what failed or was not reached has a line too, that says so. The file is written after each case.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
+import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from benchmarks import cuda
-from benchmarks.environment import environment, folder
-from benchmarks.providers import call_of, correct_providers
+from benchmarks.environment import environment, folder, write
+from benchmarks.providers import call_of, correct_providers, in_short
 from benchmarks.registry import FAMILIES, PASSES, TINY, Case
 from benchmarks.timing import Budget, measure
 
@@ -47,8 +48,9 @@ def time_case(case: Case, device: torch.device, seconds: float) -> list[dict]:
 def _summary(row: dict) -> str:
     about = [row["op"], "×".join(map(str, row["shape"])), row["dtype"], row.get("pass", "")]
     parts = [f"{word:<{width}}" for word, width in zip(about, (20, 13, 16, 16), strict=True)]
-    if "not_measured" in row:
-        return "  ".join([*parts, f"not measured: {row['not_measured']}"])
+    if "timings" not in row:
+        word = "failed" if "failed" in row else "not_measured"
+        return "  ".join([*parts, f"{word.replace('_', ' ')}: {row[word]}"])
     for name, timing in row["timings"].items():
         parts.append(f"{name} {1e3 * timing['median']:.0f}")
     parts.append("µs")
@@ -58,15 +60,21 @@ def _summary(row: dict) -> str:
     return "  ".join(parts)
 
 
-def run(cases: list[Case], device: torch.device, seconds: float) -> list[dict]:
-    """A row for each pass of the cases reached in ``seconds``, and one for each case that was not.
+def run(
+    cases: list[Case],
+    device: torch.device,
+    seconds: float,
+    save: Callable[[list[dict]], object] = lambda rows: None,
+) -> list[dict]:
+    """A row for each pass of the cases reached in ``seconds``, and one for each other case.
 
-    A case that has begun is finished, so the last one may run over.
+    A case that has begun is finished, so the last one may run over. After each case ``save`` is
+    given the rows as they would be if this were the last one.
     """
     budget, rows = Budget(seconds, len(cases)), []
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
     with Progress(*columns, TimeElapsedColumn()) as progress:
-        for case in progress.track(cases, description="benchmarking"):
+        for index, case in enumerate(progress.track(cases, description="benchmarking")):
             share = budget.share()
             if share == 0:
                 reason = f"{seconds:g} s were over"
@@ -74,25 +82,19 @@ def run(cases: list[Case], device: torch.device, seconds: float) -> list[dict]:
                 continue
             try:
                 found = time_case(case, device, share)
-            except torch.OutOfMemoryError as error:
-                found = [{**case.about(), "not_measured": str(error).splitlines()[0]}]
+            except Exception as error:
+                found = [{**case.about(), "failed": in_short(error)}]
             for row in found:
                 progress.console.print(_summary(row), highlight=False, soft_wrap=True)
             rows += found
-    left_out = [row for row in rows if "not_measured" in row]
+            ahead = [{**c.about(), "not_measured": "was stopped"} for c in cases[index + 1 :]]
+            save([*rows, *ahead])
+    save(rows)
+    left_out = [row for row in rows if "timings" not in row]
     if left_out:
         print(f"Not measured, {len(left_out)} of {len(cases)} cases:")
         print("\n".join(_summary(row) for row in left_out))
     return rows
-
-
-def write(file: Path, rows: list[dict]) -> None:
-    """Whole or not at all."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    partial = file.with_name(file.name + ".partial")
-    partial.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
-    partial.replace(file)
-    print(f"{len(rows)} rows in {file}")
 
 
 def main(argv: list[str]) -> None:
@@ -106,6 +108,11 @@ def main(argv: list[str]) -> None:
     arguments = parser.parse_args(argv)
     device = torch.device(arguments.device)
     about = environment(device)
-    rows = run(FAMILIES[arguments.op](device.type), device, arguments.budget)
-    output = arguments.output or folder(device)
-    write(output / f"{arguments.op}.jsonl", [{**row, **about} for row in rows])
+    file = (arguments.output or folder(device)) / f"{arguments.op}.jsonl"
+
+    def save(rows: list[dict]) -> None:
+        write(file, [{**row, **about} for row in rows])
+
+    rows = run(FAMILIES[arguments.op](device.type), device, arguments.budget, save)
+    print(f"{len(rows)} rows in {file}")
+    sys.exit(any("failed" in row for row in rows))

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from golden import NAMES, Golden, load_golden
 
 import pixart_kernels as pk
+
+pytest.importorskip("safetensors")
+from golden import NAMES, Golden, load_golden
+
 from pixart import PixArt
 
 pytestmark = [

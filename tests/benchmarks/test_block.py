@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 
@@ -69,11 +71,59 @@ def test_parts_run_in_every_variant(small, index: int) -> None:
     part = parts((3, 5), CPU, torch.float32)[index]
     row = time_part(part, CPU, 0.0)
     assert row["incorrect"] == {}
-    assert row["shape"] == [2, 15, 32]
     assert {"eager", "torch.compile"} <= set(row["timings"]) == set(row["memory"])
     assert next(iter(row["timings"])) == "eager"
     assert all(tensor.grad is None for tensor in part.inputs)
     assert all(parameter.grad is None for parameter in part.module.parameters())
+
+
+def test_parts_that_fail_or_do_not_fit_are_rows(tmp_path, monkeypatch) -> None:
+    fates = iter(["timed", "fails", "timed", "stopped"])
+
+    def time_part(part, device, seconds: float) -> dict:
+        fate = next(fates)
+        if fate == "stopped":
+            raise KeyboardInterrupt
+        if fate == "fails":
+            raise RuntimeError("no such kernel\nand a long trace")
+        return {"timings": {}}
+
+    monkeypatch.setattr(block_module, "time_part", time_part)
+    monkeypatch.setattr(block_module, "PixArtConfig", lambda depth: SMALL)
+    output = ["--output", str(tmp_path)]
+
+    def rows() -> list[dict]:
+        return [json.loads(line) for line in (tmp_path / "block.jsonl").read_text().splitlines()]
+
+    with pytest.raises(KeyboardInterrupt):
+        block_module.main(output)
+    assert [row["part"] for row in rows()] == [*block_module.PARTS] * 2
+    assert [row["shape"] for row in rows()] == [[2, 256, 32]] * 2 + [[2, 1024, 32]] * 2
+    assert all(row["commit"] for row in rows())
+    assert [row.get("failed", row.get("not_measured")) for row in rows()] == [
+        *(None, "RuntimeError: no such kernel", None, "was stopped")
+    ]
+    fates = iter(["fails"] * 4)
+    with pytest.raises(SystemExit) as ended:
+        block_module.main(output)
+    assert ended.value.code == 1
+    with pytest.raises(SystemExit) as ended:
+        block_module.main([*output, "--budget", "0"])
+    assert ended.value.code == 0
+    assert [row["not_measured"] for row in rows()] == ["0 s were over"] * 4
+
+
+def test_a_part_s_preparation_counts_against_its_time(small, monkeypatch) -> None:
+    given, now = [], iter([100.0, 104.0])
+    real = block_module.measure
+    monkeypatch.setattr(
+        block_module,
+        "measure",
+        lambda steps, seconds: given.append(seconds) or real(steps, seconds),
+    )
+    monkeypatch.setattr(block_module.time, "perf_counter", lambda: next(now, 104.0))
+    time_part(parts((1, 2), CPU, torch.float32)[1], CPU, 10.0)
+    assert given == [6.0]
 
 
 def test_a_wrong_variant_is_not_timed(small, monkeypatch) -> None:

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+import shutil
+import subprocess
 import sys
+import time
+from pathlib import Path
 
 import pytest
 import torch
 
-from benchmarks import hardware, sanitize
+from benchmarks import hardware, kernels, sanitize
 from benchmarks.__main__ import COMMANDS
 from benchmarks.hardware import Stage, run_all, run_stage, stages
 
@@ -44,6 +48,48 @@ def test_a_stage_that_hangs_is_stopped() -> None:
     assert row["seconds"] < 30
 
 
+def test_a_stopped_stage_leaves_no_process_behind() -> None:
+    sleep = "import time; time.sleep(60)"
+    code = f"import subprocess, sys; p = subprocess.Popen([sys.executable, '-c', '{sleep}'])"
+    row = run_stage(python("parent", f"{code}; print(p.pid, flush=True); p.wait()"), 2.0)
+    assert row["outcome"] == "stopped after 2 s"
+    assert row["seconds"] < 30  # the grandchild held the pipe
+    status = Path(f"/proc/{int(row['output'])}/status")
+    deadline = time.monotonic() + 10
+    while status.exists() and "State:\tZ" not in status.read_text():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def test_only_the_timings_need_rich() -> None:
+    code = "import sys; sys.modules['rich'] = None; import benchmarks.hardware"
+    subprocess.run([sys.executable, "-c", code], cwd=hardware.ROOT, check=True)
+
+
+def test_the_checker_is_found_off_the_path(tmp_path, monkeypatch) -> None:
+    def checker() -> str:
+        return {stage.name: stage.command[0] for stage in stages(tmp_path)}["memcheck"]
+
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    assert checker() == "/usr/local/cuda/bin/compute-sanitizer"
+    monkeypatch.setattr(shutil, "which", lambda name: f"/here/{name}")
+    assert checker() == "/here/compute-sanitizer"
+
+
+def test_a_gpu_without_kernels_is_a_failure(monkeypatch) -> None:
+    x = torch.zeros(1, 1, 8)
+    (cuda,) = [reason for reason in kernels.reasons(x) if reason.startswith("cuda: ")]
+    zeros = torch.zeros
+    monkeypatch.setattr(torch, "zeros", lambda *size, device: zeros(size))
+    with pytest.raises(SystemExit, match="cuda: ") as ended:
+        kernels.main()
+    assert cuda in str(ended.value.code)
+    monkeypatch.setattr(kernels.dispatch, "why_not", lambda *arguments: None)
+    with pytest.raises(SystemExit) as ended:
+        kernels.main()
+    assert ended.value.code is None
+
+
 def test_a_timing_stage_is_told_what_is_left() -> None:
     stage = python("timed", "import sys; print(sys.argv[1:])", timed=True)
     assert run_stage(stage, hardware.MARGIN + 40)["output"] == "['--budget', '40']\n"
@@ -51,17 +97,25 @@ def test_a_timing_stage_is_told_what_is_left() -> None:
 
 def test_stages_cover_the_house_and_write_beside_each_other(tmp_path) -> None:
     found = {stage.name: stage.command for stage in stages(tmp_path)}
-    assert list(found) == ["doctor", "tests", "memcheck", "racecheck", "adaln", "mlp", "block"]
+    assert list(found) == [
+        *("kernels", "doctor", "tests", "memcheck", "racecheck"),
+        *("adaln", "mlp", "block"),
+    ]
+    assert "--continue-on-collection-errors" in found["tests"]
     assert all(str(tmp_path) in found[name] for name in ("adaln", "mlp", "block"))
     assert {"run", "block"} <= set(COMMANDS)
 
 
-@pytest.mark.parametrize("status", [0, 1])
-def test_exit_status_and_file(tmp_path, monkeypatch, capsys, status: int) -> None:
-    several = [python("first", f"raise SystemExit({status})"), python("second", "pass")]
-    monkeypatch.setattr(hardware, "stages", lambda output: several)
+@pytest.fixture
+def as_if_on_a_gpu(monkeypatch) -> None:
     monkeypatch.setattr(hardware, "environment", lambda device: {"commit": "abc"})
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+
+
+@pytest.mark.parametrize("status", [0, 1])
+def test_exit_status_and_file(tmp_path, monkeypatch, capsys, as_if_on_a_gpu, status: int) -> None:
+    several = [python("first", f"raise SystemExit({status})"), python("second", "pass")]
+    monkeypatch.setattr(hardware, "stages", lambda output: several)
     with pytest.raises(SystemExit) as ended:
         hardware.main(["--output", str(tmp_path)])
     assert ended.value.code == bool(status)
@@ -69,6 +123,38 @@ def test_exit_status_and_file(tmp_path, monkeypatch, capsys, status: int) -> Non
     assert [row["stage"] for row in rows] == ["first", "second"]
     assert rows[1]["commit"] == "abc"
     assert "second" in capsys.readouterr().out.splitlines()[-1]
+
+
+def test_some_stages_take_all_the_time_and_keep_the_others_lines(
+    tmp_path, monkeypatch, as_if_on_a_gpu
+) -> None:
+    several = [python(name, f"print('{name}')") for name in ("first", "second", "third")]
+    monkeypatch.setattr(hardware, "stages", lambda output: several)
+    given = []
+    real = hardware.run_stage
+    monkeypatch.setattr(
+        hardware, "run_stage", lambda stage, seconds: given.append(seconds) or real(stage, seconds)
+    )
+    options = ["--output", str(tmp_path), "--budget", "60", "--stages"]
+    for names in ("third", "first", "third"):
+        with pytest.raises(SystemExit):
+            hardware.main([*options, names])
+        monkeypatch.setattr(hardware, "environment", lambda device: {"commit": "def"})
+    rows = [json.loads(line) for line in (tmp_path / "hardware.jsonl").read_text().splitlines()]
+    assert [(row["stage"], row["commit"]) for row in rows] == [("first", "def"), ("third", "def")]
+    assert min(given) > 59
+    with pytest.raises(SystemExit):
+        hardware.main([*options, "second"])
+    rows = [json.loads(line) for line in (tmp_path / "hardware.jsonl").read_text().splitlines()]
+    assert [row["stage"] for row in rows] == ["first", "second", "third"]
+
+
+def test_an_unknown_stage_is_an_error_that_lists_them(capsys) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        hardware.main(["--stages", "doctor,tset"])
+    message = capsys.readouterr().err
+    assert "no stage is called tset" in message
+    assert "there are kernels, doctor, tests" in message
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="is about machines without a GPU")

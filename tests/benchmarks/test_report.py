@@ -8,7 +8,7 @@ import pytest
 
 from benchmarks import plot
 from benchmarks.registry import TINY
-from benchmarks.report import ROOT, block, cpu_table, gpu, updated_readme
+from benchmarks.report import MMAPPED, ROOT, block, cpu_table, gpu, updated_readme
 from pixart_kernels.dispatch import VERIFIED
 
 ABOUT = {"device": "a device", "torch": "2", "triton": "3", "commit": "abc"}
@@ -67,6 +67,7 @@ def test_table_shows_rivals_that_win_and_what_is_missing(tmp_path, monkeypatch) 
         row((1, 6, 8), {"eager": 2.5, "native": 2.0}, quiet=False, incorrect={"x": "no"}),
         row(TINY, {"eager": 0.021, "native": 0.009}),
         {**ABOUT, "op": "an_op", "shape": [9, 9, 9], "not_measured": "1 s were over"},
+        {**ABOUT, "op": "an_op", "shape": [9, 8], "dtype": "float32", "failed": "KeyError: 'x'"},
     ]
     text = cpu_table(write(tmp_path / "x.jsonl", rows))
     assert "| `an_op` | **0.97–1.25** / 2.5 |" in text
@@ -75,6 +76,40 @@ def test_table_shows_rivals_that_win_and_what_is_missing(tmp_path, monkeypatch) 
     assert "`an_op` forward 9 (21)" in text
     assert "Cases not measured: 1." in text
     assert "not timed there: x." in text
+    assert "Ended in an error: an_op 9×8 float32 (KeyError: 'x')." in text
+
+
+def test_16_bit_columns_compare_with_the_official_formula(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr("benchmarks.report.ROOT", tmp_path)
+    times = {"eager": 8.0, "torch.compile": 3.0, "native": 2.0}
+    rows = [row((1, 4, 8), times), row((1, 4, 8), times, dtype="bfloat16")]
+    text = cpu_table(write(tmp_path / "x.jsonl", rows))
+    assert "| `an_op` | 4.0 / 1.5 | 4.0 / 1.5 |" in text
+    assert "16-bit" not in text
+    rows[1]["timings"]["eager, 16-bit"] = {"median": 5.0}
+    text = cpu_table(write(tmp_path / "x.jsonl", rows))
+    assert "| `an_op` | 4.0 / 1.5 | 2.5 / 1.5 |" in text
+    assert "16-bit columns: against the official formula in that type." in text
+
+
+@pytest.mark.parametrize(
+    "dtype, numel, malloc, said",
+    [
+        ("float32", MMAPPED // 4, "default", True),
+        ("float32", MMAPPED // 4 - 1, "default", False),
+        ("bfloat16", MMAPPED // 2, "default", True),
+        ("bfloat16", MMAPPED // 4, "default", False),
+        ("float32", MMAPPED // 4, "4294967296", False),
+    ],
+)
+def test_what_malloc_does_to_large_tensors_is_said(
+    tmp_path, monkeypatch, dtype: str, numel: int, malloc: str, said: bool
+) -> None:
+    monkeypatch.setattr("benchmarks.report.ROOT", tmp_path)
+    times = {"eager": 3.0, "native": 2.0}
+    rows = [row((1, size, 1), times, dtype=dtype, malloc=malloc) for size in (4, numel)]
+    text = cpu_table(write(tmp_path / "x.jsonl", rows))
+    assert ("mapped anew by glibc's malloc" in text) == said
 
 
 def gpu_rows() -> list[dict]:
@@ -88,11 +123,14 @@ def gpu_rows() -> list[dict]:
 
 def test_gpu_table_takes_the_faster_of_ours(tmp_path, monkeypatch) -> None:
     monkeypatch.setattr("benchmarks.report.ROOT", tmp_path)
-    assert "no GPU figures" in gpu(tmp_path, "adaln")
+    assert "no GPU figures" in gpu(tmp_path)
     write(tmp_path / "sm_90-x" / "adaln.jsonl", gpu_rows())
-    text = gpu(tmp_path, "adaln")
+    text = gpu(tmp_path)
     # 6 MB in 2 ms; 1.8 and 2.0 of 2 ms; the small shape counts for ratios alone
     assert "| `an_op` forward | 3 | 90–100 | 4.5–9.0 | **0.95–1.90** |" in text
+    write(tmp_path / "sm_90-x" / "mlp.jsonl", [{**r, "op": "an_mlp"} for r in gpu_rows()])
+    assert gpu(tmp_path).startswith(text)
+    assert "| `an_mlp` forward |" in gpu(tmp_path)
 
 
 def test_block_table_shows_time_and_memory(tmp_path, monkeypatch) -> None:
@@ -100,7 +138,10 @@ def test_block_table_shows_time_and_memory(tmp_path, monkeypatch) -> None:
     memory = {"saved": 3 * 2**20, "peak": 5 * 2**20}
     found = row((2, 256, 1152), {"eager": 4.0, "native": 2.0, "native, compiled": 8.0})
     found |= {"part": "block", "text": 120, "memory": dict.fromkeys(found["timings"], memory)}
-    text = block(write(tmp_path / "block.jsonl", [found]))
+    failed = {**ABOUT, "part": "adaLN part", "shape": [2, 256, 1152], "dtype": "bfloat16"}
+    failed["failed"] = "RuntimeError: no"
+    text = block(write(tmp_path / "block.jsonl", [failed, found]))
+    assert "Ended in an error: adaLN part 2×256×1152 bfloat16 (RuntimeError: no)." in text
     assert "| block, 256 tokens | 4 ms, 1.00×; 3, 5 MiB | 2 ms, 2.00×; 3, 5 MiB | **8 ms" in text
 
 
@@ -129,6 +170,13 @@ def test_plots_hold_the_ratios_and_rates() -> None:
     (points,) = (line for line in panel.get_lines() if line.get_label() == "native")
     assert list(points.get_xdata()) == [1.5]
     assert [tick.get_text() for tick in panel.get_yticklabels()] == ["an_op  1×4×8"]
+    timings = {"eager": 3.0, "eager, 16-bit": 5.0, "native": 2.0}
+    (panel,) = plot.speed_ups([row((1, 4, 8), timings)]).axes
+    (points,) = (line for line in panel.get_lines() if len(line.get_xdata()) == 1)
+    assert list(points.get_xdata()) == [2.5]
+    (panel,) = plot.bandwidths([row((32, 4), {"copy": 1.0})], "an_op").axes
+    (line,) = panel.get_lines()
+    assert list(line.get_xdata()) == [32]  # an MLP's rows are its tokens
     (panel,) = plot.bandwidths(gpu_rows(), "an_op").axes
     (line,) = (line for line in panel.get_lines() if line.get_label() == "cuda")
     assert list(line.get_xdata()) == [1024, 32768]  # the narrow shape is left out

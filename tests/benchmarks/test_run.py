@@ -11,8 +11,8 @@ import torch
 from benchmarks import cuda, providers
 from benchmarks import run as run_module
 from benchmarks.providers import correct_providers, leaves_of, wrong
-from benchmarks.registry import FAMILIES, FP32, Case
-from benchmarks.rivals import rivals
+from benchmarks.registry import BF16, FAMILIES, FP32, MIXED, Case
+from benchmarks.rivals import EAGER_16BIT, OFFICIAL, rivals
 from benchmarks.timing import Measurement, Timing
 
 CPU = torch.device("cpu")
@@ -21,13 +21,16 @@ SMALL = Case(OPS["gated_residual_adaln"], (2, 3, 16), FP32)
 
 
 @pytest.fixture(autouse=True)
-def fast(monkeypatch) -> None:
+def fast(monkeypatch):
     """Compiles nothing and measures nothing: that works, and takes its time, elsewhere."""
     monkeypatch.setattr(torch, "compile", lambda function, **_: function)
     # without a GPU, tests interpret Triton's kernels: too slow to repeat
     monkeypatch.setattr(providers.dispatch, "PRIORITY", ("native", "reference"))
     monkeypatch.setattr(run_module, "measure", lambda calls, seconds: _called_once(calls))
     monkeypatch.setattr(cuda, "measure", lambda calls, seconds, repeats: _called_once(calls))
+    # `providers` sets these for the process
+    with torch._dynamo.config.patch(recompile_limit=8, fail_on_recompile_limit_hit=False):
+        yield
 
 
 def _called_once(calls) -> Measurement:
@@ -76,20 +79,77 @@ def test_rows_say_what_was_done() -> None:
 
 def test_what_the_budget_did_not_reach_is_listed(tmp_path, monkeypatch, capsys) -> None:
     monkeypatch.setitem(run_module.FAMILIES, "adaln", lambda device: [SMALL, SMALL])
-    run_module.main(["--op", "adaln", "--budget", "0", "--output", str(tmp_path)])
+    with pytest.raises(SystemExit) as ended:
+        run_module.main(["--op", "adaln", "--budget", "0", "--output", str(tmp_path)])
+    assert ended.value.code == 0
     rows = [json.loads(line) for line in (tmp_path / "adaln.jsonl").read_text().splitlines()]
     assert [row["not_measured"] for row in rows] == ["0 s were over"] * 2
     assert all(row["shape"] == [2, 3, 16] and row["commit"] for row in rows)
     assert "Not measured, 2 of 2 cases" in capsys.readouterr().out
 
 
-def test_a_case_too_large_for_the_device_is_a_row(monkeypatch) -> None:
-    def too_large(*arguments):
-        raise torch.OutOfMemoryError("CUDA out of memory.\nmuch advice")
+def test_a_case_that_fails_is_a_row_and_not_the_end(tmp_path, monkeypatch, capsys) -> None:
+    real, large = run_module.time_case, Case(SMALL.op, (9, 9, 16), FP32)
 
-    monkeypatch.setattr(run_module, "time_case", too_large)
-    (row,) = run_module.run([SMALL], CPU, 60)
-    assert row["not_measured"] == "CUDA out of memory."
+    def time_case(case, *arguments):
+        if case is large:
+            raise torch.OutOfMemoryError("CUDA out of memory.\nmuch advice")
+        return real(case, *arguments)
+
+    monkeypatch.setattr(run_module, "time_case", time_case)
+    monkeypatch.setitem(run_module.FAMILIES, "adaln", lambda device: [large, SMALL])
+    with pytest.raises(SystemExit) as ended:
+        run_module.main(["--op", "adaln", "--output", str(tmp_path)])
+    assert ended.value.code == 1
+    rows = [json.loads(line) for line in (tmp_path / "adaln.jsonl").read_text().splitlines()]
+    assert rows[0]["failed"] == "OutOfMemoryError: CUDA out of memory."
+    assert [row["pass"] for row in rows[1:]] == ["forward", "forward+backward"]
+    assert "failed: OutOfMemoryError" in capsys.readouterr().out
+
+
+def test_a_run_that_is_stopped_keeps_what_it_has(tmp_path, monkeypatch) -> None:
+    real, cases = run_module.time_case, [SMALL, Case(SMALL.op, (9, 9, 16), FP32)]
+
+    def time_case(case, *arguments):
+        if case is cases[1]:
+            raise KeyboardInterrupt
+        return real(case, *arguments)
+
+    monkeypatch.setattr(run_module, "time_case", time_case)
+    monkeypatch.setitem(run_module.FAMILIES, "adaln", lambda device: cases)
+    with pytest.raises(KeyboardInterrupt):
+        run_module.main(["--op", "adaln", "--output", str(tmp_path)])
+    rows = [json.loads(line) for line in (tmp_path / "adaln.jsonl").read_text().splitlines()]
+    assert [row.get("not_measured") for row in rows] == [None, None, "was stopped"]
+
+
+def test_compiled_providers_never_fall_back_to_eager() -> None:
+    providers.providers(SMALL, SMALL.inputs(CPU)[0])
+    assert torch._dynamo.config.recompile_limit == 64
+    assert torch._dynamo.config.fail_on_recompile_limit_hit
+
+
+ALL = [case.op for family in FAMILIES.values() for case in family("cpu")[-4:]]
+
+
+@pytest.mark.parametrize("op", {op.name: op for op in ALL}.values(), ids=lambda op: op.name)
+def test_official_formulas_are_the_ops_in_x_s_dtype(op) -> None:
+    tensors = Case(op, (2, 3, 16), FP32).inputs(CPU)
+    official = OFFICIAL[op.name]
+    assert wrong(lambda *inputs: op.call("reference", *inputs), official, tensors) is None
+    low = Case(op, (2, 3, 16), BF16).inputs(CPU)
+    outputs, references = official(*low), op.call("reference", *low)
+    assert all(o.dtype == torch.bfloat16 for o in outputs)
+    # rounded at every step, not once
+    assert any(not torch.equal(o, r) for o, r in zip(outputs, references, strict=True))
+
+
+def test_16_bit_cases_have_the_official_formula_beside_them() -> None:
+    for precision in (FP32, BF16, MIXED):
+        case = Case(SMALL.op, (2, 3, 16), precision)
+        correct, failures = correct_providers(case, case.inputs(CPU))
+        assert failures == {}
+        assert (EAGER_16BIT in correct) == (precision is BF16)
 
 
 def test_rivals_are_held_to_their_own_definition(monkeypatch) -> None:
