@@ -39,7 +39,7 @@ class Budget:
 
 @dataclass(frozen=True)
 class Timing:
-    """Milliseconds of one call, over all samples."""
+    """Milliseconds of one call, over all samples; or how many times as fast as the first call."""
 
     median: float
     p20: float
@@ -56,6 +56,8 @@ class Timing:
 class Measurement:
     threads: int = 0
     timings: dict[str, Timing] = field(default_factory=dict)
+    # turn by turn, which a machine's slow changes do not touch
+    speedups: dict[str, Timing] = field(default_factory=dict)
     quiet: bool = True  # no kept round was disturbed
     foreign_cores: float = 0.0  # worst kept round
     rounds: int = 0
@@ -123,4 +125,7 @@ def measure(
     for name in calls:
         samples = [t / repeats for times, _ in kept for t in times[name]]
         result.timings[name] = Timing.of(samples)
+        first = next(iter(calls))
+        pairs = [pair for times, _ in kept for pair in zip(times[first], times[name], strict=True)]
+        result.speedups[name] = Timing.of([slow / fast for slow, fast in pairs])
     return result

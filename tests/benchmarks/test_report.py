@@ -138,11 +138,17 @@ def test_block_table_shows_time_and_memory(tmp_path, monkeypatch) -> None:
     memory = {"saved": 3 * 2**20, "peak": 5 * 2**20}
     found = row((2, 256, 1152), {"eager": 4.0, "native": 2.0, "native, compiled": 8.0})
     found |= {"part": "block", "text": 120, "memory": dict.fromkeys(found["timings"], memory)}
+    spread = {"p20": 0.4, "p80": 2.5}
+    found["speedups"] = {
+        name: {"median": 4.0 / timing["median"], **spread}
+        for name, timing in found["timings"].items()
+    }
     failed = {**ABOUT, "part": "adaLN part", "shape": [2, 256, 1152], "dtype": "bfloat16"}
     failed["failed"] = "RuntimeError: no"
     text = block(write(tmp_path / "block.jsonl", [failed, found]))
     assert "Ended in an error: adaLN part 2×256×1152 bfloat16 (RuntimeError: no)." in text
-    assert "| block, 256 tokens | 4 ms, 1.00×; 3, 5 MiB | 2 ms, 2.00×; 3, 5 MiB | **8 ms" in text
+    native = "2.000× (0.40–2.50), 2 ms; 3, 5 MiB"
+    assert f"| block, 256 tokens | 4 ms; 3, 5 MiB | {native} | **0.500× (0.40–2.50), 8 ms" in text
 
 
 def test_only_marked_places_of_the_readme_change() -> None:

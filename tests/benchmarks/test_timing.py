@@ -53,6 +53,8 @@ def test_calls_take_turns_and_repeats_are_divided_out(monkeypatch) -> None:
     assert measured.timings["a"].median == pytest.approx(2.0)
     assert measured.timings["b"].median == pytest.approx(4.0)
     assert measured.timings["a"].calls == measured.timings["b"].calls
+    assert measured.speedups["a"].median == pytest.approx(1.0)
+    assert measured.speedups["b"].median == pytest.approx(0.5)
 
 
 def test_disturbed_rounds_are_measured_again(monkeypatch) -> None:
