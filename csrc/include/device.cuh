@@ -245,14 +245,21 @@ inline int multiprocessors() {
   return count;
 }
 
-// kMostThreads is the largest block that the kernel is launched with.
-template <auto kKernel, int kMostThreads, class Call>
+// kMostThreads is the largest block that the kernel is launched with; kDynamicShared, in bytes,
+// what it has besides its own shared variables.
+template <auto kKernel, int kMostThreads, int kDynamicShared = 0, class Call>
 void launch(const char* name, int64_t blocks, int threads, void* stream, const Call& call) {
-  register_kernel<kKernel, kMostThreads>();
+  register_kernel<kKernel, kMostThreads, kDynamicShared>();
   if (blocks == 0) return;
   if (blocks > INT32_MAX) throw std::invalid_argument("too many rows for one launch");
-  kKernel<<<dim3(static_cast<unsigned>(blocks)), threads, 0, static_cast<cudaStream_t>(stream)>>>(
-      call);
+  constexpr int kWithoutAsking = 48 << 10;
+  if constexpr (kDynamicShared > kWithoutAsking) {
+    check(
+        cudaFuncSetAttribute(kKernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kDynamicShared),
+        name);
+  }
+  kKernel<<<dim3(static_cast<unsigned>(blocks)), threads, kDynamicShared,
+            static_cast<cudaStream_t>(stream)>>>(call);
   check(cudaGetLastError(), name);
 }
 #endif
