@@ -10,7 +10,10 @@ K head dimension, R modulation rows.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +22,7 @@ from torch.utils.checkpoint import checkpoint
 
 import pixart_kernels as pk
 from pixart.config import PixArtConfig
+from pixart.recompute import Recipe, recomputing
 
 # rows of a block's scale_shift_table; the final layer's table has the first two alone
 SHIFT_ATTN, SCALE_ATTN, GATE_ATTN, SHIFT_MLP, SCALE_MLP, GATE_MLP = range(6)
@@ -26,8 +30,28 @@ SHIFT_ATTN, SCALE_ATTN, GATE_ATTN, SHIFT_MLP, SCALE_MLP, GATE_MLP = range(6)
 # position embeddings kept: more than the 40 grids of a multi-aspect data set
 MAX_CACHED_GRIDS = 64
 
+# nothing in a block is drawn at random
+CHECKPOINT: Any = {"use_reentrant": False, "preserve_rng_state": False}
+
 # learned table (R, D) and the timestep's share (B, R, D) or (B, R*D); their sum modulates
 Modulation = tuple[Tensor, Tensor]
+
+# a branch that the residual stream lacks yet, and the modulation of the block that made it
+Pending = tuple[Tensor, Modulation]
+
+
+class Time(NamedTuple):
+    """What a model makes of timesteps (and picture sizes); see :meth:`PixArt.embed_time`."""
+
+    t_BD: Tensor
+    t0: Tensor | None  # (B, 6 D), with adaLN-single
+
+
+class Text(NamedTuple):
+    """What a model makes of captions; see :meth:`PixArt.embed_text`."""
+
+    of_blocks: Sequence[Tensor]  # for each block (B, L, D), or its keys and values (B, L, 2, H, K)
+    lengths_B: Tensor  # int32, real tokens, which come first
 
 
 class Mlp(nn.Module):
@@ -38,8 +62,13 @@ class Mlp(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if self._fuses(x):
-            return self.fc2(pk.bias_gelu(F.linear(x, self.fc1.weight), self.fc1.bias))
-        return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
+            gelu = partial(pk.bias_gelu, F.linear(x, self.fc1.weight), self.fc1.bias)
+        else:
+            gelu = partial(F.gelu, self.fc1(x), approximate="tanh")
+        with recomputing() as again:
+            y = gelu()
+            again(gelu, y)
+            return self.fc2(y)
 
     def _fuses(self, x: Tensor) -> bool:
         """Whether fc1 is as it was made, so that nobody expects to see its output."""
@@ -141,11 +170,14 @@ class SelfAttention(nn.Module):
         if self.ratio == 1 and isinstance(self.q_norm, nn.Identity):
             return self.proj(pk.self_attention(qkv, self.num_heads))
         B, N, D = x_BND.shape
-        q, k, v = qkv.view(B, N, 3, D).unbind(2)
-        # a LayerNorm under autocast returns fp32
-        q, k = self.q_norm(q).to(v.dtype), self.k_norm(k).to(v.dtype)
+        q, kv = qkv.view(B, N, 3, D).split((1, 2), dim=2)
+        q, (k, v) = q.squeeze(2), kv.unbind(2)
+        if not isinstance(self.q_norm, nn.Identity):
+            # a LayerNorm under autocast returns fp32
+            q, k = self.q_norm(q).to(v.dtype), self.k_norm(k).to(v.dtype)
+            if self.ratio > 1:
+                kv = torch.stack([k, v], dim=2)
         if self.ratio > 1:
-            kv = torch.stack([k, v], dim=2)
             k, v = self.compress(kv, grid).unbind(2)
         q, k, v = (tensor.unflatten(-1, (self.num_heads, -1)) for tensor in (q, k, v))
         return self.proj(pk.attention(q, k, v).reshape(B, N, D))
@@ -176,9 +208,14 @@ class CrossAttention(nn.Module):
         self.proj = nn.Linear(D, D)
         self.gate = nn.Parameter(torch.zeros(1)) if config.gated_cross_attention else None
 
-    def forward(self, x_BND: Tensor, text_BLD: Tensor, text_lengths_B: Tensor) -> Tensor:
+    def keys_values(self, text_BLD: Tensor) -> Tensor:
+        """(B, L, 2, H, K): all that a block needs to know of the text."""
+        return self.kv_linear(text_BLD).unflatten(-1, (2, self.num_heads, -1))
+
+    def forward(self, x_BND: Tensor, text: Tensor, text_lengths_B: Tensor) -> Tensor:
+        """``text``: (B, L, D), or what :meth:`keys_values` made of it."""
         q_BNHK = self.q_linear(x_BND).unflatten(-1, (self.num_heads, -1))
-        kv_BL2HK = self.kv_linear(text_BLD).unflatten(-1, (2, self.num_heads, -1))
+        kv_BL2HK = text if text.dim() == 5 else self.keys_values(text)
         out = self.proj(pk.cross_attention(q_BNHK, kv_BL2HK, text_lengths_B).flatten(2))
         # in out's dtype: under autocast an fp32 gate would widen the branch
         return out if self.gate is None else self.gate.tanh().to(out.dtype) * out
@@ -204,31 +241,63 @@ class Block(nn.Module):
     def forward(
         self,
         x: Tensor,  # (B, N, D) residual stream
-        h: Tensor | None,  # (B, N, D) its normalised, modulated copy; None: made here
+        pending: Pending | None,  # what is to be added to it first
         grid: tuple[int, int],
-        text: Tensor | None,  # (B, L, D)
+        text: Tensor | None,  # (B, L, D), or this block's keys and values
         text_lengths: Tensor | None,  # (B,) int32
         modulation: Modulation,  # 6 rows
-        next_modulation: Modulation,  # rows 0 and 1 modulate what follows this block
+        selective: bool = False,  # computes all after self-attention again in the backward
     ) -> tuple[Tensor, Tensor]:
-        if h is None:
-            h = _modulated(x, modulation)
-        attn, before_mlp = self.attn(h, grid), (*modulation, SHIFT_MLP, SCALE_MLP)
-        if self.cross_attn is None:
-            gate = (*modulation, GATE_ATTN)
-            x, h = pk.gated_residual_adaln(x, attn, gate=gate, modulation=before_mlp)
-        else:
+        """The residual stream, and the MLP's branch, which what follows adds to it."""
+        enter = partial(_enter, x, pending, modulation)
+        with recomputing() as again:
+            x, h = enter()
+            entered = again(enter, x, h)
+            attn = self.attn(h, grid)
+            inputs = (x, attn, text, text_lengths, modulation)
+            if selective:
+                return checkpoint(self._after_attention, *inputs, **CHECKPOINT)
+            return self._after_attention(*inputs, entered)
+
+    def _after_attention(
+        self,
+        x: Tensor,
+        attn: Tensor,
+        text: Tensor | None,
+        text_lengths: Tensor | None,
+        modulation: Modulation,
+        entered: Recipe | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        before_mlp = (*modulation, SHIFT_MLP, SCALE_MLP)
+
+        def add_attention(x: Tensor, _h: Tensor | None = None) -> tuple[Tensor, Tensor]:
             x = pk.gated_residual(x, attn, *modulation, gate_row=GATE_ATTN)
-            # neither normalised nor gated: x itself asks the text
-            cross = self.cross_attn(x, text, text_lengths)
-            x, h = pk.gated_residual_adaln(x, cross, modulation=before_mlp)
-        # the last residual also prepares the input of the next block, or of the final layer
-        return pk.gated_residual_adaln(
-            x,
-            self.mlp(h),
-            gate=(*modulation, GATE_MLP),
-            modulation=(*next_modulation, SHIFT_ATTN, SCALE_ATTN),
-        )
+            return x, x.to(attn.dtype)
+
+        with recomputing() as again:
+            if self.cross_attn is None:
+                gate = (*modulation, GATE_ATTN)
+                x, h = pk.gated_residual_adaln(x, attn, gate=gate, modulation=before_mlp)
+            else:
+                x, query = add_attention(x)
+                again(add_attention, x, query, source=entered)
+                # neither normalised nor modulated: x itself asks the text
+                cross = self.cross_attn(query, text, text_lengths)
+                x, h = pk.gated_residual_adaln(x, cross, modulation=before_mlp)
+            again(partial(_before_mlp, x, modulation, h.dtype), h)
+            return x, self.mlp(h)
+
+    def whole(
+        self,
+        x: Tensor,
+        grid: tuple[int, int],
+        text: Tensor | None,
+        text_lengths: Tensor | None,
+        modulation: Modulation,
+    ) -> Tensor:
+        """The residual stream with the MLP's branch already added."""
+        x, mlp = self(x, None, grid, text, text_lengths, modulation)
+        return pk.gated_residual(x, mlp, *modulation, gate_row=GATE_MLP)
 
 
 class FinalLayer(nn.Module):
@@ -248,8 +317,18 @@ class FinalLayer(nn.Module):
         return _layer_as_modulation(self.adaLN_modulation, t)
 
 
-def _modulated(x: Tensor, modulation: Modulation) -> Tensor:
-    return pk.adaln_single(x, *modulation, shift_row=SHIFT_ATTN, scale_row=SCALE_ATTN)
+def _enter(x: Tensor, pending: Pending | None, modulation: Modulation) -> tuple[Tensor, Tensor]:
+    """The residual stream with what it lacked, and its normalised, modulated copy."""
+    if pending is None:
+        return x, pk.adaln_single(x, *modulation, shift_row=SHIFT_ATTN, scale_row=SCALE_ATTN)
+    branch, of_branch = pending
+    gate, rows = (*of_branch, GATE_MLP), (*modulation, SHIFT_ATTN, SCALE_ATTN)
+    return pk.gated_residual_adaln(x, branch, gate=gate, modulation=rows)
+
+
+def _before_mlp(x: Tensor, modulation: Modulation, dtype: torch.dtype) -> Tensor:
+    """The h that ``gated_residual_adaln`` returned beside x."""
+    return pk.adaln_single(x, *modulation, shift_row=SHIFT_MLP, scale_row=SCALE_MLP).to(dtype)
 
 
 def _layer_as_modulation(layer: nn.Sequential, t: Tensor) -> Modulation:
@@ -268,7 +347,9 @@ class PixArt(nn.Module):
     def __init__(self, config: PixArtConfig) -> None:
         super().__init__()
         self.config = config
-        self.gradient_checkpointing = False
+        # what the backward computes again, besides what costs next to nothing: nothing, all of a
+        # block after its self-attention, or all of it
+        self.gradient_checkpointing: bool | Literal["selective"] = False
         D = config.hidden_size
         self.x_embedder = PatchEmbed(config.in_channels, D, config.patch_size)
         self.t_embedder = ScalarEmbedder(D)
@@ -292,8 +373,8 @@ class PixArt(nn.Module):
     def forward(
         self,
         latents: Tensor,
-        timestep: Tensor,
-        caption: Tensor,
+        timestep: Tensor | Time,
+        caption: Tensor | Text,
         caption_mask: Tensor | None = None,
         image_size: Tensor | None = None,
         aspect_ratio: Tensor | None = None,
@@ -302,8 +383,10 @@ class PixArt(nn.Module):
 
         Args:
             latents: (B, C, height, width), sides multiples of patch_size, any aspect.
-            timestep: (B,), 0 to 999, integer or fractional.
-            caption: text features (B, L, caption_channels); for a "class" model labels (B,).
+            timestep: (B,), 0 to 999, integer or fractional; or what ``embed_time`` made of it
+                and of the sizes.
+            caption: text features (B, L, caption_channels); for a "class" model labels (B,); or
+                what ``embed_text`` made of caption and mask.
             caption_mask: (B, L), non-zero where a token is real; None: all are. Any pattern.
             image_size: (B, 2) height and width in pixels, with micro_conditioning.
             aspect_ratio: (B,) or (B, 1) height / width, with micro_conditioning.
@@ -316,34 +399,52 @@ class PixArt(nn.Module):
             ValueError: naming the argument, what was got and what is accepted.
         """
         self._check(latents, timestep, caption, caption_mask, image_size, aspect_ratio)
-        dtype, p = self.x_embedder.proj.weight.dtype, self.config.patch_size
-        grid = (latents.shape[2] // p, latents.shape[3] // p)
-
-        x = self.x_embedder(latents.to(dtype))
-        x = x + self.position_embedding(grid, x.device).to(dtype)
-        t = self.t_embedder(timestep)
-        if self.config.micro_conditioning:
-            t = t + self._size_embedding(image_size, aspect_ratio)
-        text = text_lengths = t0 = None
+        if not isinstance(timestep, Time):
+            timestep = self.embed_time(timestep, image_size, aspect_ratio)
+        t, t0 = timestep
+        texts: Sequence[Tensor | None] = [None] * len(self.blocks)
+        text_lengths = None
         if self.config.conditioning == "class":
             t = t + self.y_embedder(caption)
         else:
-            text = self.y_embedder(caption.to(dtype))
-            text, text_lengths = _real_tokens_first(text, caption_mask)
-        if self.config.conditioning == "adaln_single":
-            t0 = self.t_block(t)
+            if not isinstance(caption, Text):
+                caption = self.embed_text(caption, caption_mask)
+            texts, text_lengths = caption
 
-        modulations = [layer.modulation(t, t0) for layer in (*self.blocks, self.final_layer)]
-        h = None
-        for layer, block in enumerate(self.blocks):
-            inputs = (x, h, grid, text, text_lengths, modulations[layer], modulations[layer + 1])
-            if self.gradient_checkpointing and torch.is_grad_enabled():
-                # x alone is kept for the backward: the next block makes h from it again
-                x, h = checkpoint(block, *inputs, use_reentrant=False)[0], None
+        dtype, p = self.x_embedder.proj.weight.dtype, self.config.patch_size
+        grid = (latents.shape[2] // p, latents.shape[3] // p)
+        x = self.x_embedder(latents.to(dtype))
+        x = x + self.position_embedding(grid, x.device).to(dtype)
+        *modulations, last = (layer.modulation(t, t0) for layer in (*self.blocks, self.final_layer))
+        pending = None
+        for block, text, modulation in zip(self.blocks, texts, modulations, strict=True):
+            inputs = (grid, text, text_lengths, modulation)
+            if self.gradient_checkpointing is True and torch.is_grad_enabled():
+                x = checkpoint(block.whole, x, *inputs, **CHECKPOINT)
             else:
-                x, h = block(*inputs)
-        h = _modulated(x, modulations[-1]) if h is None else h
+                selective = self.gradient_checkpointing == "selective"
+                x, mlp = block(x, pending, *inputs, selective=selective)
+                pending = mlp, modulation
+        _, h = _enter(x, pending, last)
         return self._unpatchify(self.final_layer.linear(h), grid)
+
+    def embed_time(
+        self,
+        timestep: Tensor,
+        image_size: Tensor | None = None,
+        aspect_ratio: Tensor | None = None,
+    ) -> Time:
+        """Of :meth:`forward`'s arguments, for calls that share them."""
+        t = self.t_embedder(timestep)
+        if self.config.micro_conditioning:
+            t = t + self._size_embedding(image_size, aspect_ratio)
+        return Time(t, self.t_block(t) if self.config.conditioning == "adaln_single" else None)
+
+    def embed_text(self, caption: Tensor, caption_mask: Tensor | None = None) -> Text:
+        """Of :meth:`forward`'s arguments, for calls that share them."""
+        text = self.y_embedder(caption.to(self.x_embedder.proj.weight.dtype))
+        text, lengths = _real_tokens_first(text, caption_mask)
+        return Text([text] * len(self.blocks), lengths)
 
     def position_embedding(self, grid: tuple[int, int], device: torch.device) -> Tensor:
         """2D sinusoids of a grid of tokens, (1, N, D) fp32, computed on ``device`` once per grid.
@@ -395,8 +496,8 @@ class PixArt(nn.Module):
     def _check(
         self,
         latents: Tensor,
-        timestep: Tensor,
-        caption: Tensor,
+        timestep: Tensor | Time,
+        caption: Tensor | Text,
         caption_mask: Tensor | None,
         image_size: Tensor | None,
         aspect_ratio: Tensor | None,
@@ -414,8 +515,11 @@ class PixArt(nn.Module):
         require(
             ok and not any(side % p for side in latents.shape[2:]), "latents", latents, accepted
         )
-        require(timestep.shape == (B,), "timestep", timestep, f"({B},)")
-        if config.conditioning == "class":
+        if isinstance(timestep, Tensor):
+            require(timestep.shape == (B,), "timestep", timestep, f"({B},)")
+        if isinstance(caption, Text):
+            pass
+        elif config.conditioning == "class":
             require(caption.shape == (B,), "caption", caption, f"class labels ({B},)")
         else:
             accepted = f"({B}, L, {config.caption_channels})"
@@ -426,7 +530,7 @@ class PixArt(nn.Module):
                 require(
                     caption_mask.shape == caption.shape[:2], "caption_mask", caption_mask, accepted
                 )
-        if config.micro_conditioning:
+        if config.micro_conditioning and isinstance(timestep, Tensor):
             missing = "a tensor: this model has micro_conditioning"
             for name, value, per_sample in (
                 ("image_size", image_size, 2),

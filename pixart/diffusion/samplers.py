@@ -155,6 +155,7 @@ def sample(
     aspect_ratio: Tensor | None = None,
     schedule: NoiseSchedule | None = None,
     callback: Callable[[int, int, Tensor], None] | None = None,
+    prepare: Callable[[Tensor], None] | None = None,
 ) -> Tensor:
     """Turn noise into latents.
 
@@ -173,6 +174,7 @@ def sample(
         schedule: the schedule ``model`` was trained with; None: PixArt's.
         callback: called after every model call as ``callback(index, total, latents)`` with
             float32 latents in the solver's own scale.
+        prepare: called once before the first model call with all its timesteps, (calls,) float32.
 
     Returns:
         (B, C, H, W) latents in the dtype of ``noise``.
@@ -208,6 +210,8 @@ def sample(
         aspect_ratio=aspect_ratio,
     )
     scheduler, timesteps = SAMPLERS[sampler](schedule, steps, noise.device)
+    if prepare is not None:
+        prepare(timesteps.float())
     step_options: dict[str, Any] = {}
     # Deterministic solvers have no such parameter.
     if generators is not None and "generator" in inspect.signature(scheduler.step).parameters:

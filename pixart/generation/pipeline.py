@@ -14,6 +14,7 @@ from torch import Tensor
 
 from pixart.conditioning import VAE, TextEncoder
 from pixart.diffusion import sample
+from pixart.generation.cache import Cached, CudaGraphs
 from pixart.model import CaptionEmbedder, PixArt
 
 PIPELINE = "pipeline.json"
@@ -54,6 +55,10 @@ class PixArtPipeline:
         vae: decodes its latents.
         text_encoder: None where only encoded :class:`Prompts` are drawn.
         guidance_scale: what suits the model, where a call does not say.
+        cuda_graphs: replay the model's forward from a CUDA graph for each size, captured at its
+            first use.
+
+    Raises ValueError for ``cuda_graphs`` with a model that is not on a CUDA device.
     """
 
     def __init__(
@@ -62,9 +67,14 @@ class PixArtPipeline:
         vae: VAE,
         text_encoder: TextEncoder | None,
         guidance_scale: float = GUIDANCE_SCALE,
+        cuda_graphs: bool = False,
     ) -> None:
         self.model, self.vae, self.text_encoder = model.eval(), vae, text_encoder
         self.guidance_scale = guidance_scale
+        device = next(model.parameters()).device
+        if cuda_graphs and device.type != "cuda":
+            raise ValueError(f"`cuda_graphs` is True for a model on {device}; accepted: on CUDA")
+        self.cuda_graphs = CudaGraphs(self.model) if cuda_graphs else None
 
     @classmethod
     def from_pretrained(
@@ -73,6 +83,7 @@ class PixArtPipeline:
         *,
         dtype: torch.dtype = torch.float32,
         device: str | torch.device = "cpu",
+        cuda_graphs: bool = False,
     ) -> PixArtPipeline:
         """Reads a folder that ``pixart train`` exported, or a diffusers PixArt pipeline.
 
@@ -105,6 +116,7 @@ class PixArtPipeline:
                 device=device,
             ),
             guidance_scale=parts.get("guidance_scale", GUIDANCE_SCALE),
+            cuda_graphs=cuda_graphs,
         )
 
     def encode(self, prompts: Sequence[str], negative_prompt: str = "") -> Prompts:
@@ -209,8 +221,9 @@ class PixArtPipeline:
                     callback(done * total + index + 1, total * len(batches))
 
             dtype = self.model.final_layer.linear.weight.dtype
+            cached = Cached(self.model, self.cuda_graphs)
             yield sample(
-                self.model,
+                cached,
                 noise.to(device, dtype),
                 batch.caption.to(device, dtype),
                 batch.mask.to(device),
@@ -222,6 +235,7 @@ class PixArtPipeline:
                 guidance_mask=guidance_mask,
                 generators=generators,
                 callback=progress,
+                prepare=cached.prepare,
                 image_size=image_size,
                 aspect_ratio=aspect_ratio,
             )

@@ -110,7 +110,11 @@ class TrainRecipe(Run):
     min_snr_gamma: Rate | None = Field(
         default=None, description="weight min(snr, gamma) / snr; null: 1"
     )
-    gradient_checkpointing: bool = False
+    gradient_checkpointing: Literal[False, "selective", True] = Field(
+        default=False,
+        description="recompute in the backward, to save memory: false, only what costs next to "
+        "nothing; selective, a block after its self-attention; true, whole blocks",
+    )
     samples: Samples = Samples()
 
     @field_validator("model")
@@ -255,7 +259,7 @@ def _problem(kind: type[BaseModel], problem: Any) -> str:
         for name in (*sections, key):
             annotation = literal.model_fields[name].annotation
             literal = annotation if isinstance(annotation, type) else literal
-        message += _nearest(problem["input"], get_args(annotation))
+        message += _nearest(problem["input"], map(str, get_args(annotation)))
     if where == "model":
         return f"{where}: {message}"
     return f"{where}: got {problem['input']!r}; {message[0].lower()}{message[1:]}"

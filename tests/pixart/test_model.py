@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 
 import pytest
 import torch
 from golden import NAMES, load_golden
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd.graph import saved_tensors_hooks
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import pixart_kernels as pk
 from pixart import PixArt, PixArtConfig, presets
@@ -48,9 +51,28 @@ def inputs(config: PixArtConfig, B: int = 2, L: int = 5, size: tuple[int, int] =
 
 
 def loss_gradients(model: PixArt, arguments: dict, weight: torch.Tensor) -> dict:
+    """The output, and the gradient of each parameter that has one."""
     model.zero_grad()
-    (model(**arguments) * weight).sum().backward()
-    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    output = model(**arguments)
+    (output * weight).sum().backward()
+    grads = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    return {"output": output.detach(), **grads}
+
+
+def assert_close(actual: dict, expected: dict) -> None:
+    """But for rounding, of which a key's bias has nothing else: it has no true gradient."""
+    assert actual.keys() == expected.keys()
+    floor = 1e-6 * max(float(value.abs().max()) for value in expected.values())
+    for name, value in expected.items():
+        atol = 1e-5 * float(value.abs().max()) + floor
+        torch.testing.assert_close(actual[name], value, rtol=0, atol=atol, msg=name)
+
+
+@contextlib.contextmanager
+def everything_kept():
+    """Without recomputation, which gives way to the hooks of others."""
+    with saved_tensors_hooks(lambda tensor: tensor.detach(), lambda tensor: tensor):
+        yield
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -131,25 +153,97 @@ CONFIGS = {
     "kv_conv": dataclasses.replace(
         SMALL, kv_compression={"sampling": "conv", "scale_factor": 2, "layers": [0, 2]}
     ),
+    "kv_uniform": dataclasses.replace(
+        SMALL, kv_compression={"sampling": "uniform", "scale_factor": 2, "layers": [1]}
+    ),
+    "kv_conv, qk_norm": dataclasses.replace(
+        SMALL,
+        qk_norm=True,
+        kv_compression={"sampling": "conv", "scale_factor": 2, "layers": [1]},
+    ),
 }
 
 
-@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
-def test_every_parameter_learns_and_checkpointing_changes_nothing(config: PixArtConfig) -> None:
-    model, arguments = randomized(config), inputs(config)
-    weight = torch.randn(2, 8, 8, 8)
-    plain = loss_gradients(model, arguments, weight)
-    assert plain.keys() == dict(model.named_parameters()).keys()
-    dead = [name for name, gradient in plain.items() if not gradient.abs().max() > 0]
+per_config = pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+
+
+@per_config
+def test_every_parameter_learns(config: PixArtConfig) -> None:
+    model = randomized(config)
+    found = loss_gradients(model, inputs(config), torch.randn(2, 8, 8, 8))
+    del found["output"]
+    assert found.keys() == dict(model.named_parameters()).keys()
+    dead = [name for name, gradient in found.items() if not gradient.abs().max() > 0]
     assert not dead
-    model.gradient_checkpointing = True
-    recomputed = loss_gradients(model, arguments, weight)
-    # a key's bias has no true gradient, only rounding
-    floor = 1e-6 * max(float(gradient.abs().max()) for gradient in plain.values())
-    for name, gradient in plain.items():
-        # the same sums, in another order where h is made apart from the residual
-        atol = 1e-5 * float(gradient.abs().max()) + floor
-        torch.testing.assert_close(recomputed[name], gradient, rtol=0, atol=atol, msg=name)
+
+
+@per_config
+def test_kernels_equal_their_definitions_in_the_model(config: PixArtConfig) -> None:
+    # 5 x 3 tokens: odd sides
+    model, arguments = randomized(config), inputs(config, size=(10, 6))
+    weight = torch.randn(2, 8, 10, 6)
+    if config.conditioning != "class":
+        arguments["caption_mask"] = torch.tensor([[1, 1, 1, 0, 1], [0, 0, 0, 0, 0]])
+    with pk.use_backend("reference"), everything_kept():
+        expected = loss_gradients(model, arguments, weight)
+    assert_close(loss_gradients(model, arguments, weight), expected)
+
+
+@pytest.mark.parametrize("autocast", [False, True], ids=["fp32", "bf16 autocast"])
+@per_config
+def test_what_the_backward_makes_again_has_the_same_bits(
+    config: PixArtConfig, autocast: bool
+) -> None:
+    model, arguments, weight = randomized(config), inputs(config), torch.randn(2, 8, 8, 8)
+
+    def found() -> dict:
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            return loss_gradients(model, arguments, weight)
+
+    with everything_kept():
+        expected = found()
+    for mode in (False, "selective"):
+        model.gradient_checkpointing = mode
+        actual = found()
+        assert [name for name in expected if not torch.equal(actual[name], expected[name])] == []
+    if not autocast:
+        # here h is made apart from the residual: the same sums in another order
+        model.gradient_checkpointing = True
+        assert_close(found(), expected)
+
+
+@pytest.mark.parametrize(
+    "mode, crosses, selves, matrices", [(False, 1, 1, 0), ("selective", 2, 1, 4), (True, 2, 2, 7)]
+)
+def test_what_the_backward_computes_again(
+    mode: bool | str, crosses: int, selves: int, matrices: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[str] = []
+
+    def count(name: str) -> None:
+        op = getattr(pk, name)
+        monkeypatch.setattr(pk, name, lambda *args: calls.append(name) or op(*args))
+
+    count("cross_attention")
+    count("self_attention")
+    model = randomized(SMALL)
+    model.gradient_checkpointing = mode
+    products = 0
+
+    class Products(TorchDispatchMode):
+        def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+            nonlocal products
+            products += op.overloadpacket.__name__ in ("mm", "addmm")
+            return op(*args, **(kwargs or {}))
+
+    with Products():
+        loss = model(**inputs(SMALL)).square().sum()
+        forward, products = products, 0
+        loss.backward()
+    assert calls.count("cross_attention") == 3 * crosses
+    assert calls.count("self_attention") == 3 * selves
+    # a backward has two for each layer; the timestep's sinusoids and the caption have no gradient
+    assert products == 2 * forward - 2 + 3 * matrices
 
 
 def test_checkpointing_keeps_one_tensor_for_each_block() -> None:
@@ -177,7 +271,36 @@ def test_checkpointing_keeps_one_tensor_for_each_block() -> None:
     assert saved_bytes(True) < 16 * residual
 
 
-@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+class Copies(TorchDispatchMode):
+    """Shapes of tensors that are no more than others laid out or rounded otherwise."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shapes: list[tuple] = []
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        result = op(*args, **(kwargs or {}))
+        name = op.overloadpacket.__name__
+        if name in ("clone", "copy_", "_to_copy", "cat", "stack", "where", "index_select"):
+            self.shapes.append((name, tuple(result.shape)))
+        return result
+
+
+@pytest.mark.parametrize("name", ["adaln_single", "kv_conv", "qk_norm", "class"])
+def test_nothing_is_copied_between_layers(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    # in place of ops whose definitions copy, and whose kernels read where things lie
+    monkeypatch.setattr(pk, "cross_attention", lambda q, kv, lengths: q * kv.mean((1, 2))[:, None])
+    monkeypatch.setattr(pk, "compress_kv", lambda kv, *_, ratio: kv[:, ::ratio])
+    model = randomized(CONFIGS[name])
+    block, x, branch, t = model.blocks[0], *torch.randn(3, 2, 16, 72).requires_grad_()
+    text, lengths = torch.randn(2, 5, 72), torch.tensor([5, 5], dtype=torch.int32)
+    modulation = block.modulation(t[:, 0], model.t_block(t[:, 0]) if name != "class" else None)
+    with Copies() as found:
+        block(x, (branch, modulation), (4, 4), text, lengths, modulation)
+    assert found.shapes == []
+
+
+@per_config
 def test_no_host_sync_in_forward_and_backward(config: PixArtConfig) -> None:
     # a fake tensor has no value: .item(), .tolist() or a data-dependent shape raises
     with FakeTensorMode(allow_non_fake_inputs=True):
@@ -345,13 +468,15 @@ def test_autocast_close_to_fp32(config: PixArtConfig) -> None:
     assert (low - expected).abs().max() < 0.05 * expected.abs().max()
 
 
-def test_compiles_to_one_graph() -> None:
-    config = dataclasses.replace(SMALL, depth=1)
-    model, arguments = randomized(config), inputs(config)
-    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
-    mask = torch.tensor([[1, 1, 1, 0, 0], [1, 0, 0, 0, 0]])
-    expected = model(**arguments, caption_mask=mask)
-    torch.testing.assert_close(compiled(**arguments, caption_mask=mask), expected)
+@pytest.mark.parametrize("mode", [False, "selective"])
+def test_compiles_to_one_graph(mode: bool | str) -> None:
+    config = dataclasses.replace(SMALL, depth=2)
+    model, arguments, weight = randomized(config), inputs(config), torch.randn(2, 8, 8, 8)
+    model.gradient_checkpointing = mode
+    arguments["caption_mask"] = torch.tensor([[1, 1, 1, 0, 0], [1, 0, 0, 0, 0]])
+    expected = loss_gradients(model, arguments, weight)
+    model.compile(fullgraph=True, backend="aot_eager")
+    assert_close(loss_gradients(model, arguments, weight), expected)
 
 
 @pytest.mark.parametrize(

@@ -82,20 +82,20 @@ def test_a_picture_does_not_depend_on_its_batch(pipeline: PixArtPipeline, sample
 
 def test_guidance_uses_the_right_null_caption(pipeline: PixArtPipeline) -> None:
     seen: list[tuple[Tensor, Tensor]] = []
-    forward = pipeline.model.forward
+    embed_text = pipeline.model.embed_text
 
-    def spy(x, t, caption, caption_mask=None, **rest):
+    def spy(caption, caption_mask=None):
         seen.append((caption[:3], caption_mask[:3].sum(1)))
-        return forward(x, t, caption, caption_mask, **rest)
+        return embed_text(caption, caption_mask)
 
-    pipeline.model.forward = spy  # type: ignore[method-assign]
+    pipeline.model.embed_text = spy  # type: ignore[method-assign]
     try:
         prompts = pipeline.encode(PROMPTS)
         latents(pipeline, prompts, steps=1)
         latents(pipeline, prompts, steps=1, guidance_mask="diffusers")
         latents(pipeline, pipeline.encode(PROMPTS, "bad art"), steps=1)
     finally:
-        del pipeline.model.forward
+        del pipeline.model.embed_text
     official, diffusers, negative = seen
     assert torch.equal(official[0][0], pipeline.model.y_embedder.y_embedding)
     assert official[1].tolist() == [3, 5, 2]  # each prompt's own length
@@ -119,17 +119,23 @@ def test_pictures_of_any_size_and_progress(pipeline: PixArtPipeline) -> None:
 
 def test_micro_conditions_are_the_pictures_own(pipeline: PixArtPipeline) -> None:
     model = PixArt(dataclasses.replace(CONFIG, micro_conditioning=True))
-    seen: dict[str, Tensor] = {}
-    original = model.forward
+    seen: list[tuple[Tensor, Tensor]] = []
+    embed_time = model.embed_time
 
-    def spy(*args, **kwargs):
-        seen.update(kwargs)
-        return original(*args, **kwargs)
+    def spy(timestep, image_size, aspect_ratio):
+        seen.append((image_size, aspect_ratio))
+        return embed_time(timestep, image_size, aspect_ratio)
 
-    model.forward = spy  # type: ignore[method-assign]
+    model.embed_time = spy  # type: ignore[method-assign]
     PixArtPipeline(model, pipeline.vae, Encoder())(["a"], height=12, width=24, steps=1)
-    assert seen["image_size"].tolist() == [[12, 24]] * 2
-    assert seen["aspect_ratio"].tolist() == [[0.5]] * 2
+    ((image_size, aspect_ratio),) = seen
+    assert image_size.tolist() == [[12, 24]] * 2
+    assert aspect_ratio.tolist() == [0.5] * 2
+
+
+def test_cuda_graphs_are_for_cuda(pipeline: PixArtPipeline) -> None:
+    with pytest.raises(ValueError, match="`cuda_graphs` is True for a model on cpu"):
+        PixArtPipeline(pipeline.model, pipeline.vae, None, cuda_graphs=True)
 
 
 def test_no_text_encoder_no_texts(pipeline: PixArtPipeline) -> None:

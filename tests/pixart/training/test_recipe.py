@@ -61,6 +61,7 @@ def test_bad_values_are_named() -> None:
             "schedule": {"name": "cosin"},
             "samples": {"sampler": "dpm"},
             "optimizer": {"lr": "fast"},
+            "gradient_checkpointing": "selectiv",
         }
     )
     assert "steps: got 0; input should be greater than 0" in said
@@ -68,6 +69,7 @@ def test_bad_values_are_named() -> None:
     assert "schedule.name: got 'cosin'" in said and "did you mean cosine?" in said
     assert "samples.sampler: got 'dpm'" in said and "dpm-solver++" in said
     assert "optimizer.lr: got 'fast'" in said
+    assert "gradient_checkpointing: got 'selectiv'" in said and "did you mean selective?" in said
 
 
 def test_bad_models_are_named() -> None:

@@ -1,0 +1,165 @@
+"""What the steps of a picture share is computed once, and their launches may be one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from pixart.model import PixArt, Text, Time
+
+Forward = Callable[[Tensor, Time, Text], Tensor]
+
+
+class Cached:
+    """A model for ``pixart.diffusion.sample`` that embeds a prompt and the timesteps once.
+
+    Each block's keys and values come from the layer and the shapes that would compute them at
+    every step: the same bits. Timesteps are embedded in one batch, not each for all samples: the
+    same numbers but for a matrix product's rounding in another shape.
+
+    Args:
+        model: any PixArt with captions, in eval mode.
+        forward: what runs it, the model itself or :class:`CudaGraphs` of it; None: the model.
+    """
+
+    def __init__(self, model: PixArt, forward: Forward | None = None) -> None:
+        self.model, self.forward = model, forward or model
+        self._timesteps: Tensor | None = None
+        self._conditions: tuple[Tensor | None, ...] = ()
+
+    def prepare(self, timesteps: Tensor) -> None:
+        """Names the timesteps (calls,) that calls will be made with."""
+        self._timesteps, self._conditions = timesteps, ()
+
+    def __call__(
+        self,
+        latents: Tensor,
+        timestep: Tensor,
+        caption: Tensor,
+        caption_mask: Tensor | None = None,
+        image_size: Tensor | None = None,
+        aspect_ratio: Tensor | None = None,
+    ) -> Tensor:
+        """As the model's ``forward``. The conditions are known by identity, not by value.
+
+        After :meth:`prepare`, a timestep that it did not name, or samples at different ones, give
+        NaN: finding out here would wait for the device.
+        """
+        conditions = caption, caption_mask, image_size, aspect_ratio
+        if not self._conditions or any(
+            a is not b for a, b in zip(conditions, self._conditions, strict=True)
+        ):
+            self._embed(*conditions)
+            self._conditions = conditions
+        if self._timesteps is None:
+            time = self.model.embed_time(timestep, image_size, aspect_ratio)
+        else:
+            time = self._prepared(timestep)
+        return self.forward(latents, time, self._text)
+
+    def _embed(
+        self,
+        caption: Tensor,
+        caption_mask: Tensor | None,
+        image_size: Tensor | None,
+        aspect_ratio: Tensor | None,
+    ) -> None:
+        text, lengths = self.model.embed_text(caption, caption_mask)
+        blocks = zip(self.model.blocks, text, strict=True)
+        self._text = Text([b.cross_attn.keys_values(tokens) for b, tokens in blocks], lengths)
+        if self._timesteps is None:
+            return
+        steps, rows = len(self._timesteps), 1
+        if image_size is not None and aspect_ratio is not None:
+            rows = len(caption)
+            image_size = image_size.repeat(steps, 1)
+            aspect_ratio = aspect_ratio.reshape(-1).repeat(steps)
+        time = self.model.embed_time(
+            self._timesteps.repeat_interleave(rows), image_size, aspect_ratio
+        )
+        self._times = [x if x is None else x.unflatten(0, (steps, rows)) for x in time]
+
+    def _prepared(self, timestep: Tensor) -> Time:
+        assert self._timesteps is not None
+        at = (self._timesteps[:, None] == timestep).all(1)
+        index = at.to(torch.uint8).argmax().view(1)
+
+        def row(of_steps: Tensor | None) -> Tensor | None:
+            if of_steps is None:
+                return None
+            found = of_steps.index_select(0, index)[0]
+            return torch.where(at.any(), found, torch.nan).expand(len(timestep), -1)
+
+        t, t0 = map(row, self._times)
+        assert t is not None
+        return Time(t, t0)
+
+
+class CudaGraphs:
+    """Replays a model's forward from CUDA graphs, one for each shape of latents and text.
+
+    A graph reads inputs from buffers of its own; the text's are filled once per prompt. Weights
+    may change in place; when they moved, graphs are captured anew at the next prompt. Not for
+    several threads at once.
+    """
+
+    def __init__(self, model: PixArt) -> None:
+        self.model = model
+        self._graphs: dict[tuple, _Graph] = {}
+        self._text: Text | None = None
+        self._weights: list[int] = []
+
+    @torch.no_grad()
+    def __call__(self, latents: Tensor, time: Time, text: Text) -> Tensor:
+        if text is not self._text:
+            weights = [parameter.data_ptr() for parameter in self.model.parameters()]
+            if weights != self._weights:
+                self._graphs.clear()
+            self._text, self._weights = text, weights
+        key = latents.shape, latents.dtype, text.of_blocks[0].shape
+        if key not in self._graphs:
+            self._graphs[key] = _Graph(self.model, latents, time, text)
+        return self._graphs[key](latents, time, text)
+
+
+class _Graph:
+    def __init__(self, model: PixArt, latents: Tensor, time: Time, text: Text) -> None:
+        self.latents = latents.clone()
+        self.time = Time(time.t_BD.clone(), None if time.t0 is None else time.t0.clone())
+        self.text = Text([kv.clone() for kv in text.of_blocks], text.lengths_B.clone())
+        self.text_from = text
+        # the graph reads them, and the model keeps them for a limited number of grids
+        p = model.config.patch_size
+        grid = (latents.shape[2] // p, latents.shape[3] // p)
+        self.positions = model.position_embedding(grid, latents.device)
+        self.replay, self.output = capture(lambda: model(self.latents, self.time, self.text))
+
+    def __call__(self, latents: Tensor, time: Time, text: Text) -> Tensor:
+        self.latents.copy_(latents)
+        self.time.t_BD.copy_(time.t_BD)
+        if self.time.t0 is not None and time.t0 is not None:
+            self.time.t0.copy_(time.t0)
+        if text is not self.text_from:
+            torch._foreach_copy_(list(self.text.of_blocks), list(text.of_blocks))
+            self.text.lengths_B.copy_(text.lengths_B)
+            self.text_from = text
+        self.replay()
+        # the next replay writes there again
+        return self.output.clone()
+
+
+def capture(run: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
+    """``run`` as a CUDA graph: what replays it, and the tensor that a replay fills."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        # kernels are compiled and libraries choose theirs before anything is recorded
+        for _ in range(2):
+            run()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        output = run()
+    return graph.replay, output
