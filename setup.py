@@ -37,7 +37,7 @@ ROOT = Path(__file__).parent
 PACKAGE = "pixart_kernels"
 OPS, INTROSPECTION = f"{PACKAGE}._C", f"{PACKAGE}._introspection"
 ABI_TARGET = (2, 11)
-OLDEST_NVCC = (12, 0)  # knows sm_90a
+OLDEST_NVCC = (12, 5)  # has cudaGetDriverEntryPointByVersion
 # what a build leaves in the package besides Python
 BUILT = ("_C*.so", "_introspection*.so", "_build_info.json", "_kernels.json")
 
@@ -51,6 +51,8 @@ SOURCES = ("csrc/registration.cpp", *sources("csrc/*/op.cpp"))
 # compiled for the CPU level below
 KERNELS = sources("csrc/*/cpu.cpp")
 CUDA_SOURCES = (*sources("csrc/*.cu"), *sources("csrc/*/*.cu"))
+# written for one architecture: built where it is asked for, and for it alone
+SM_90A_SOURCES = tuple(source for source in CUDA_SOURCES if source.endswith("_sm90.cu"))
 
 # the instructions that torch's own AVX2 kernels are compiled for, and the level's name in
 # torch.backends.cpu.get_cpu_capability()
@@ -129,10 +131,16 @@ class Nvcc:
     library_folders: tuple[str, ...]
 
     @property
-    def flags(self) -> list[str]:
+    def sources(self) -> list[str]:
+        left_out = () if "90a" in self.archs else SM_90A_SOURCES
+        return [source for source in CUDA_SOURCES if source not in left_out]
+
+    def flags(self, source: str) -> list[str]:
         # a library of 3 MB instead of 15; needs a driver that CUDA 13 needs anyway
         size = ["--compress-mode=size"] if int(self.version.split(".")[0]) >= 13 else []
-        return [*NVCC_FLAGS, *size, *_gencode(self.archs, self.ptx), *self.host]
+        only = source in SM_90A_SOURCES
+        code = _gencode(("90a",), None) if only else _gencode(self.archs, self.ptx)
+        return [*NVCC_FLAGS, *size, *code, *self.host]
 
 
 def _gencode(archs: tuple[str, ...], ptx: str | None) -> list[str]:
@@ -384,7 +392,7 @@ def object_step(folder: Path, source: str, command: list[str]) -> Step:
 
 def nvcc_step(folder: Path, source: str, nvcc: Nvcc) -> Step:
     """Also writes ptxas's report beside the object, for builds that find it up to date."""
-    step = object_step(folder, source, [str(nvcc.path), *nvcc.flags])
+    step = object_step(folder, source, [str(nvcc.path), *nvcc.flags(source)])
     script = 'report=$0; "$@" >"$report" 2>&1 || { status=$?; cat "$report"; exit $status; }'
     command = ("sh", "-c", script, str(ptxas_report(step.output)), *step.command)
     return Step(step.output, step.inputs, command)
@@ -458,13 +466,13 @@ class BuildExt(build_ext):
             say(f"building without CUDA kernels: {problem}")
             self._compile(toolchain, None, library)
             return {"built": False, "reason": str(problem)}
-        self._report_kernels(library.parent)
+        self._report_kernels(nvcc, library.parent)
         archs = [f"sm_{arch}" for arch in nvcc.archs]
         ptx = nvcc.ptx and f"compute_{nvcc.ptx}"
         return {"built": True, "nvcc": nvcc.version, "archs": archs, "ptx": ptx}
 
     def _compile(self, toolchain: Toolchain, nvcc: Nvcc | None, library: Path) -> None:
-        steps = [nvcc_step(self.folder, name, nvcc) for name in CUDA_SOURCES if nvcc]
+        steps = [nvcc_step(self.folder, name, nvcc) for name in nvcc.sources] if nvcc else []
         for name in (*SOURCES, *KERNELS):
             cpu = X86_FLAGS if toolchain.x86 and name in KERNELS else ()
             cuda = ["-DPIXART_KERNELS_WITH_CUDA"] if nvcc else []
@@ -480,13 +488,14 @@ class BuildExt(build_ext):
         run_steps(steps, self.folder)
         install(ROOT / linked, library)
 
-    def _report_kernels(self, folder: Path) -> None:
+    def _report_kernels(self, nvcc: Nvcc, folder: Path) -> None:
         kernels = []
-        for source in CUDA_SOURCES:
+        for source in nvcc.sources:
             report = (ROOT / ptxas_report(self.folder / f"{source}.o")).read_text()
             kernels += parse_ptxas(source, report)
             for line in report.splitlines():
-                if "warning" in line.lower():
+                # the latter of asynchronous products that were made to wait for each other
+                if re.search("warning|performance loss", line, re.IGNORECASE):
                     say(line)
         names = demangled([kernel.name for kernel in kernels])
         rows = [

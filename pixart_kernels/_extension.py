@@ -120,8 +120,11 @@ def why_not_native(x: torch.Tensor) -> str | None:
     return why_not_dtype("native", x)
 
 
-def why_not_cuda(x: torch.Tensor) -> str | None:
-    """Why the compiled CUDA kernels cannot run on ``x``, or None."""
+def why_not_cuda(x: torch.Tensor, only: str | None = None) -> str | None:
+    """Why the compiled CUDA kernels cannot run on ``x``, or None.
+
+    ``only``: the one architecture that the kernels in question are written for, like "sm_90a".
+    """
     if problem is not None:
         return problem
     cuda = build_info.get("cuda", {})
@@ -130,9 +133,14 @@ def why_not_cuda(x: torch.Tensor) -> str | None:
     if x.device.type != "cuda":
         return f"CUDA kernels run on a GPU and x is on {x.device}"
     capability = _capability(x.device)
-    if not _runs_on(cuda, capability):
+    here = "sm_{}{}".format(*capability)
+    code = cuda
+    if only is not None:
+        if not _runs_on({"archs": [only]}, capability):
+            return f"these kernels are written for {only} alone and {x.device} is {here}"
+        code = {"archs": [arch for arch in cuda["archs"] if arch == only]}
+    if not _runs_on(code, capability):
         built = ", ".join([*cuda.get("archs", ()), *filter(None, [cuda.get("ptx")])])
-        here = "sm_{}{}".format(*capability)
         return (
             f"CUDA kernels were built for {built} and {x.device} is {here}; "
             f"set PIXART_KERNELS_CUDA_ARCHS and {_REBUILD}"

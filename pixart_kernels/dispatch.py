@@ -42,10 +42,14 @@ VERIFIED: dict[tuple[str, str, str], Verification] = {
 
 @dataclass(frozen=True)
 class Implementation:
-    """One op on one backend; ``reason(x)`` says why it cannot run on ``x``, or None."""
+    """One op on one backend; ``reason(x)`` says why it cannot run on ``x``, or None.
+
+    Attention's reasons take ``head_dim`` as well, which x may not show, or None where it is not
+    known: such facts are handed on by every function below.
+    """
 
     function: Callable
-    reason: Callable[[Tensor], str | None]
+    reason: Callable[..., str | None]
 
 
 _implementations: dict[str, dict[str, Implementation]] = {}
@@ -55,7 +59,7 @@ def register(
     op: str,
     backend: str,
     function: Callable,
-    reason: Callable[[Tensor], str | None] = lambda x: None,
+    reason: Callable[..., str | None] = lambda x, **facts: None,
 ) -> None:
     _implementations.setdefault(op, {})[backend] = Implementation(function, reason)
 
@@ -101,17 +105,17 @@ def use_backend(backend: str) -> Iterator[None]:
         _backend = previous
 
 
-def why_not(op: str, backend: str, x: Tensor) -> str | None:
+def why_not(op: str, backend: str, x: Tensor, **facts: int | None) -> str | None:
     """Why ``backend`` cannot run ``op`` on ``x``, or None when it can."""
     implementation = _implementations[op].get(backend)
     if implementation is None:
         return f"{op} has no {backend} implementation"
-    return implementation.reason(x)
+    return implementation.reason(x, **facts)
 
 
-def why_not_auto(op: str, backend: str, x: Tensor) -> str | None:
+def why_not_auto(op: str, backend: str, x: Tensor, **facts: int | None) -> str | None:
     """Why ``auto`` passes over ``backend`` for ``op`` on ``x``, or None when it may take it."""
-    reason = why_not(op, backend, x)
+    reason = why_not(op, backend, x, **facts)
     if reason is None and backend != "reference":
         where = architecture(x.device)
         if (op, backend, where) not in VERIFIED:
@@ -119,8 +123,10 @@ def why_not_auto(op: str, backend: str, x: Tensor) -> str | None:
     return reason
 
 
-def chosen(op: str, x: Tensor, backend: str | None = None) -> str:
+def chosen(op: str, x: Tensor, backend: str | None = None, **facts: int | None) -> str:
     """The name of the backend that would run ``op`` on ``x``, as ``pk.chosen_backend``.
+
+    ``facts``: what x does not show; of attention ops ``head_dim``, the size of a head.
 
     Raises RuntimeError, listing every backend's reason, if the one asked for cannot run; ValueError
     for an op or a backend that does not exist.
@@ -129,19 +135,24 @@ def chosen(op: str, x: Tensor, backend: str | None = None) -> str:
         raise ValueError(f"`op` is {op!r}; accepted: {', '.join(ops())}")
     name = _backend if backend is None else _checked(backend)
     if name == "auto":
-        return next(b for b in PRIORITY if why_not_auto(op, b, x) is None)
-    reason = why_not(op, name, x)
+        # as why_not_auto, but without writing reasons that nobody reads
+        where = architecture(x.device)
+        verified = (b for b in PRIORITY if (op, b, where) in VERIFIED)
+        return next((b for b in verified if why_not(op, b, x, **facts) is None), "reference")
+    reason = why_not(op, name, x, **facts)
     if reason is None:
         return name
-    others = "\n".join(f"  {b}: {why_not(op, b, x) or 'can run'}" for b in PRIORITY if b != name)
+    others = "\n".join(
+        f"  {b}: {why_not(op, b, x, **facts) or 'can run'}" for b in PRIORITY if b != name
+    )
     raise RuntimeError(
         f"backend {name!r} cannot run {op}: {reason}. The other backends here:\n{others}"
     )
 
 
-def select(op: str, x: Tensor, backend: str | None = None) -> Callable:
+def select(op: str, x: Tensor, backend: str | None = None, **facts: int | None) -> Callable:
     """The function that runs ``op`` on ``x``.
 
     Raises RuntimeError, listing every backend's reason, if the one asked for cannot run.
     """
-    return _implementations[op][chosen(op, x, backend)].function
+    return _implementations[op][chosen(op, x, backend, **facts)].function

@@ -15,8 +15,6 @@ from torch.autograd.function import once_differentiable
 
 from pixart_kernels._autograd import differentiated, distinct
 
-WIDEST_HEAD = 128
-
 
 class Kernels(NamedTuple):
     """One backend's forwards and backwards; ``register_fakes`` has their shapes."""
@@ -61,15 +59,7 @@ class SelfAttentionFunction(torch.autograd.Function):
         return None, dqkv, None
 
 
-def _check_head(op: str, kernels: str, d: int) -> None:
-    if not 1 <= d <= WIDEST_HEAD:
-        raise ValueError(
-            f"{op}: heads have {d} elements; {kernels} kernels take 1 to {WIDEST_HEAD}"
-        )
-
-
 def attention(kernels: str, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    _check_head("attention", kernels, q.shape[3])
     q, k, v = distinct(q, k, v)
     if differentiated(q, k, v):
         return AttentionFunction.apply(kernels, q, k, v)
@@ -77,7 +67,6 @@ def attention(kernels: str, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def self_attention(kernels: str, qkv: Tensor, num_heads: int) -> Tensor:
-    _check_head("self_attention", kernels, qkv.shape[2] // (3 * num_heads))
     if differentiated(qkv):
         return SelfAttentionFunction.apply(kernels, qkv, num_heads)
     return KERNELS[kernels].self_attention_fwd(qkv, num_heads)[0]

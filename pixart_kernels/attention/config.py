@@ -50,6 +50,13 @@ _FP32 = (
 # a program of this many rows at the least, whatever the device could take at once
 FEWEST_ROWS = 64
 
+# Queries that a program adds up for dk and dv of cross-attention. By arithmetic: at d = 72 and 128
+# keys, their fp32 sums are a quarter of the bytes that it reads, and 4 samples of 4096 tokens with
+# 16 heads give 128 programs even to texts of one tile.
+QUERIES = 2048
+# elements that a program folds out of such sums
+FOLDED = 1024
+
 
 @lru_cache
 def split(d: int) -> tuple[int, int]:
@@ -79,3 +86,8 @@ def filling(tile: Tile, heads: int, N: int, processors: int) -> Tile:
     if tile.rows <= FEWEST_ROWS or heads * -(-N // tile.rows) >= processors:
         return tile
     return Tile(tile.rows // 2, tile.columns, max(tile.num_warps // 2, 4), tile.num_stages)
+
+
+def splits(N: int) -> int:
+    """Programs that share a sample's queries: by their number alone, as the order of sums does."""
+    return max(-(-N // QUERIES), 1)

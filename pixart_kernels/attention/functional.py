@@ -9,11 +9,11 @@ from torch import Tensor
 
 from pixart_kernels import _triton
 from pixart_kernels._checks import check_floating, shape, wrong
-from pixart_kernels.attention import autograd, reference
+from pixart_kernels.attention import autograd, cross_autograd, cross_native, native, reference
 from pixart_kernels.dispatch import register, select
 
 if _triton.problem is None:
-    from pixart_kernels.attention import triton  # noqa: F401  (fills KERNELS)
+    from pixart_kernels.attention import cross_triton, triton  # noqa: F401  (fill KERNELS)
 
 
 def self_attention(qkv: Tensor, num_heads: int, *, backend: str | None = None) -> Tensor:
@@ -38,7 +38,8 @@ def self_attention(qkv: Tensor, num_heads: int, *, backend: str | None = None) -
     if qkv.dim() != 3 or qkv.shape[2] % (3 * num_heads) != 0:
         accepted = f"(B, N, 3*D) with D a multiple of num_heads = {num_heads}"
         raise wrong("self_attention", "qkv", shape(qkv), accepted)
-    return select("self_attention", qkv, backend)(qkv, num_heads)
+    head_dim = qkv.shape[2] // (3 * num_heads)
+    return select("self_attention", qkv, backend, head_dim=head_dim)(qkv, num_heads)
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, *, backend: str | None = None) -> Tensor:
@@ -58,7 +59,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, *, backend: str | None = None) ->
     if not q.dtype == k.dtype == v.dtype:
         raise TypeError(f"attention: q, k, v have dtypes {q.dtype}, {k.dtype}, {v.dtype}; "
                         "accepted: one dtype")  # fmt: skip
-    return select("attention", q, backend)(q, k, v)
+    return select("attention", q, backend, head_dim=d)(q, k, v)
 
 
 def cross_attention(
@@ -93,10 +94,33 @@ def cross_attention(
     if kv_lengths.device != q.device:
         got = f"on {kv_lengths.device}"
         raise wrong("cross_attention", "kv_lengths", got, f"a tensor on {q.device}, like q")
-    return select("cross_attention", q, backend)(q, kv, kv_lengths)
+    return select("cross_attention", q, backend, head_dim=d)(q, kv, kv_lengths)
+
+
+WIDEST_HEAD = 128
+
+
+def _why_not_triton(x: Tensor, head_dim: int | None = None) -> str | None:
+    reason = _triton.why_not_triton(x)
+    if reason is None and head_dim is not None and not 1 <= head_dim <= WIDEST_HEAD:
+        reason = f"heads have {head_dim} elements; triton kernels take 1 to {WIDEST_HEAD}"
+    return reason
 
 
 for _op in ("self_attention", "attention", "cross_attention"):
     register(_op, "reference", getattr(reference, _op))
 for _op in ("self_attention", "attention"):
-    register(_op, "triton", partial(getattr(autograd, _op), "triton"), _triton.why_not_triton)
+    register(_op, "triton", partial(getattr(autograd, _op), "triton"), _why_not_triton)
+    register(_op, "cuda", partial(getattr(autograd, _op), "cuda"), native.why_not_cuda)
+register(
+    "cross_attention",
+    "native",
+    partial(cross_autograd.cross_attention, "native"),
+    cross_native.why_not_native,
+)
+register(
+    "cross_attention",
+    "triton",
+    partial(cross_autograd.cross_attention, "triton"),
+    _why_not_triton,
+)

@@ -104,6 +104,14 @@ def _accumulate(b_weights, b_head, b_tail, b_acc_head, b_acc_tail, TAIL: tl.cons
 
 
 @triton.jit
+def _real_keys(lengths, i_b, Nk):
+    """How many of a sample's Nk keys count, none where negative; without lengths, all do."""
+    if lengths is not None:
+        Nk = tl.minimum(tl.load(lengths + i_b).to(tl.int64), Nk)
+    return Nk
+
+
+@triton.jit
 def _fwd_keys(
     b_acc_head,
     b_acc_tail,
@@ -159,6 +167,7 @@ def _fwd_kernel(
     v_stride_b: tl.int64,
     v_stride_n: tl.int64,
     v_stride_h: tl.int64,
+    lengths,  # [B], or None
     out,  # [B, Nq, H, D], dense
     lse,  # [B, H, Nq], base 2
     H: tl.int64,
@@ -177,6 +186,7 @@ def _fwd_kernel(
     i_program = tl.program_id(0).to(tl.int64)
     i_bh, i_q = i_program // tiles, i_program % tiles * ROWS
     i_b, i_h = i_bh // H, i_bh % H
+    Nk = _real_keys(lengths, i_b, Nk)
     left = Nq - i_q
     q_stride_n *= UNIT
     k_stride_n *= UNIT
@@ -199,6 +209,8 @@ def _fwd_kernel(
         p_k, k_stride_n, p_v, v_stride_n, whole, Nk, scale, False, COLUMNS, D, HEAD, TAIL,
     )  # fmt: skip
 
+    if lengths is not None:
+        b_sum = tl.where(Nk > 0, b_sum, 1.0)
     o_q = tl.arange(0, ROWS)
     tl.store(lse + i_bh * Nq + i_q + o_q, b_max * scale + tl.log2(b_sum), mask=o_q < left)
     b_acc_head /= b_sum[:, None]
@@ -268,6 +280,7 @@ def _dq_kernel(
     dq_stride_b: tl.int64,
     dq_stride_n: tl.int64,
     dq_stride_h: tl.int64,
+    lengths,  # [B], or None
     out,  # [B, Nq, H, D], dense
     lse,  # [B, H, Nq], base 2
     delta,  # [B, H, Nq], written here for dk
@@ -287,6 +300,7 @@ def _dq_kernel(
     i_program = tl.program_id(0).to(tl.int64)
     i_bh, i_q = i_program // tiles, i_program % tiles * ROWS
     i_b, i_h = i_bh // H, i_bh % H
+    Nk = _real_keys(lengths, i_b, Nk)
     left = Nq - i_q
     q_stride_n *= UNIT
     k_stride_n *= UNIT
@@ -343,20 +357,23 @@ def _dkdv_kernel(
     v_stride_b: tl.int64,
     v_stride_n: tl.int64,
     v_stride_h: tl.int64,
-    dk,  # [B, Nk, H, D]
+    dk,  # [B * splits, Nk, H, D]
     dk_stride_b: tl.int64,
     dk_stride_n: tl.int64,
     dk_stride_h: tl.int64,
-    dv,  # [B, Nk, H, D]
+    dv,  # [B * splits, Nk, H, D]
     dv_stride_b: tl.int64,
     dv_stride_n: tl.int64,
     dv_stride_h: tl.int64,
+    lengths,  # [B], or None
     lse,  # [B, H, Nq], base 2
     delta,  # [B, H, Nq]
     H: tl.int64,
     Nq: tl.int64,
     Nk: tl.int64,
     tiles: tl.int64,
+    splits: tl.int64,
+    queries: tl.int64,  # of a split; a multiple of COLUMNS
     scale: tl.float32,
     D: tl.constexpr,
     HEAD: tl.constexpr,
@@ -365,34 +382,43 @@ def _dkdv_kernel(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    """One program for ROWS keys of one head; scores stand as [keys, queries]."""
+    """One program for ROWS keys of one head, and a share of its queries.
+
+    Scores stand as [keys, queries].
+    """
     i_program = tl.program_id(0).to(tl.int64)
-    i_bh, i_k = i_program // tiles, i_program % tiles * ROWS
+    i_bhs, i_k = i_program // tiles, i_program % tiles * ROWS
+    i_bh, i_split = i_bhs // splits, i_bhs % splits
     i_b, i_h = i_bh // H, i_bh % H
-    left = Nk - i_k
+    left = _real_keys(lengths, i_b, Nk) - i_k
+    begin = i_split * queries
+    queries = tl.minimum(queries, Nq - begin)
+    if lengths is not None:
+        queries = tl.where(left > 0, queries, 0)
     q_stride_n *= UNIT
     k_stride_n *= UNIT
     v_stride_n *= UNIT
     dout_stride_n *= UNIT
-    p_q = q + (i_b * q_stride_b + i_h * q_stride_h) * UNIT
+    p_q = q + (i_b * q_stride_b + i_h * q_stride_h) * UNIT + begin * q_stride_n
     p_k = k + (i_b * k_stride_b + i_h * k_stride_h) * UNIT
     p_v = v + (i_b * v_stride_b + i_h * v_stride_h) * UNIT
-    p_dout = dout + (i_b * dout_stride_b + i_h * dout_stride_h) * UNIT
+    p_dout = dout + (i_b * dout_stride_b + i_h * dout_stride_h) * UNIT + begin * dout_stride_n
+    p_lse = lse + i_bh * Nq + begin
+    p_delta = delta + i_bh * Nq + begin
 
     b_k_head, b_k_tail = _load(p_k, i_k, left, k_stride_n, ROWS, D, HEAD, TAIL)
     b_v_head, b_v_tail = _load(p_v, i_k, left, v_stride_n, ROWS, D, HEAD, TAIL)
     b_dk_head, b_dk_tail = _zeros(ROWS, HEAD, TAIL)
     b_dv_head, b_dv_tail = _zeros(ROWS, HEAD, TAIL)
     o_q = tl.arange(0, COLUMNS)
-    # no mask on scores: beyond Nq, q, dout, lse and delta are 0, so p is 1, met by dout, and ds 0
-    for i_q in range(0, Nq, COLUMNS):
-        m_q = o_q < Nq - i_q
-        b_q_head, b_q_tail = _load(p_q, i_q, Nq - i_q, q_stride_n, COLUMNS, D, HEAD, TAIL)
-        b_dout_head, b_dout_tail = _load(
-            p_dout, i_q, Nq - i_q, dout_stride_n, COLUMNS, D, HEAD, TAIL
-        )
-        b_lse = tl.load(lse + i_bh * Nq + i_q + o_q, mask=m_q, other=0.0)
-        b_delta = tl.load(delta + i_bh * Nq + i_q + o_q, mask=m_q, other=0.0)
+    # no mask on scores: beyond the last query, q, dout, lse and delta are 0, so p is 1, met by a
+    # dout of 0, and ds is 0
+    for i_q in range(0, queries, COLUMNS):
+        left_q = queries - i_q
+        b_q_head, b_q_tail = _load(p_q, i_q, left_q, q_stride_n, COLUMNS, D, HEAD, TAIL)
+        b_dout_head, b_dout_tail = _load(p_dout, i_q, left_q, dout_stride_n, COLUMNS, D, HEAD, TAIL)
+        b_lse = tl.load(p_lse + i_q + o_q, mask=o_q < left_q, other=0.0)
+        b_delta = tl.load(p_delta + i_q + o_q, mask=o_q < left_q, other=0.0)
         b_s = _products(b_k_head, b_k_tail, b_q_head, b_q_tail, TAIL)
         b_p = tl.exp2(b_s * scale - b_lse[None, :])
         b_dv_head, b_dv_tail = _accumulate(
@@ -404,8 +430,19 @@ def _dkdv_kernel(
     b_dk_head *= scale * LN_2
     if TAIL > 0:
         b_dk_tail *= scale * LN_2
-    p_dk = dk + (i_b * dk_stride_b + i_h * dk_stride_h) * UNIT
-    p_dv = dv + (i_b * dv_stride_b + i_h * dv_stride_h) * UNIT
+    if lengths is not None:
+        # the score of a key past the length is 0, and its weight may overflow
+        m_k = (tl.arange(0, ROWS) < left.to(tl.int32))[:, None]
+        b_dk_head = tl.where(m_k, b_dk_head, 0.0)
+        b_dv_head = tl.where(m_k, b_dv_head, 0.0)
+        if TAIL > 0:
+            b_dk_tail = tl.where(m_k, b_dk_tail, 0.0)
+            b_dv_tail = tl.where(m_k, b_dv_tail, 0.0)
+        # of several splits, whoever adds them knows the length
+        left = tl.where(splits == 1, Nk - i_k, left)
+    i_bs = i_b * splits + i_split
+    p_dk = dk + (i_bs * dk_stride_b + i_h * dk_stride_h) * UNIT
+    p_dv = dv + (i_bs * dv_stride_b + i_h * dv_stride_h) * UNIT
     _store(p_dk, i_k, left, dk_stride_n * UNIT, b_dk_head, b_dk_tail, ROWS, D, HEAD, TAIL)
     _store(p_dv, i_k, left, dv_stride_n * UNIT, b_dv_head, b_dv_tail, ROWS, D, HEAD, TAIL)
 
@@ -433,8 +470,11 @@ def _in_units(*heads: Tensor) -> tuple[list[Tensor | int], int]:
     return operands, unit
 
 
-def _forward(q: Tensor, k: Tensor, v: Tensor, out: Tensor) -> Tensor:
-    """Fills out (B, Nq, H, d), which is dense; returns lse, fp32 (B, H, Nq)."""
+def forward(q: Tensor, k: Tensor, v: Tensor, out: Tensor, lengths: Tensor | None = None) -> Tensor:
+    """Fills out (B, Nq, H, d), which is dense; returns lse, fp32 (B, H, Nq).
+
+    ``lengths``: int32 (B,), how many of each sample's keys count, where not all do.
+    """
     B, Nq, H, d = q.shape
     Nk = k.shape[1]
     lse = q.new_empty((B, H, Nq), dtype=torch.float32)
@@ -448,7 +488,7 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, out: Tensor) -> Tensor:
     operands, unit = _in_units(q, k, v)
     with torch.cuda.device_of(q):
         _fwd_kernel[(B * H * tiles,)](
-            *(*operands, out, lse, H, Nq, Nk, tiles, 1 / (log(2) * sqrt(d))),
+            *(*operands, lengths, out, lse, H, Nq, Nk, tiles, 1 / (log(2) * sqrt(d))),
             *(d, *config.split(d), unit, tile.rows, tile.columns),
             num_warps=tile.num_warps,
             num_stages=tile.num_stages,
@@ -456,7 +496,7 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, out: Tensor) -> Tensor:
     return lse
 
 
-def _backward(
+def backward(
     dout: Tensor,
     q: Tensor,
     k: Tensor,
@@ -466,8 +506,13 @@ def _backward(
     dq: Tensor,
     dk: Tensor,
     dv: Tensor,
+    lengths: Tensor | None = None,
 ) -> None:
-    """Fills dq, dk and dv; out is dense."""
+    """Fills dq, dk and dv; out is dense.
+
+    dk and dv are (B, Nk, H, d), or sums over shares of the queries, (B * splits, Nk, H, d), which
+    leaves keys past a sample's length unwritten.
+    """
     B, Nq, H, d = q.shape
     Nk = k.shape[1]
     if q.numel() == 0 or k.numel() == 0:
@@ -478,22 +523,24 @@ def _backward(
     processors = _triton.processors(q.device)
     tiles = config.tiles(d, q.itemsize, _major(q.device))
     dq_tile = config.filling(tiles.dq, B * H, Nq, processors)
-    dkdv_tile = config.filling(tiles.dkdv, B * H, Nk, processors)
+    splits = len(dk) // B
+    dkdv_tile = config.filling(tiles.dkdv, B * H * splits, Nk, processors)
+    queries = -(-Nq // (splits * dkdv_tile.columns)) * dkdv_tile.columns
     scale, widths = 1 / (log(2) * sqrt(d)), config.split(d)
     with torch.cuda.device_of(q):
         # first, because it leaves delta
         programs = triton.cdiv(Nq, dq_tile.rows)
         operands, unit = _in_units(dout, q, k, v, dq)
         _dq_kernel[(B * H * programs,)](
-            *(*operands, out, lse, delta, H, Nq, Nk, programs, scale),
+            *(*operands, lengths, out, lse, delta, H, Nq, Nk, programs, scale),
             *(d, *widths, unit, dq_tile.rows, dq_tile.columns),
             num_warps=dq_tile.num_warps,
             num_stages=dq_tile.num_stages,
         )
         programs = triton.cdiv(Nk, dkdv_tile.rows)
         operands, unit = _in_units(dout, q, k, v, dk, dv)
-        _dkdv_kernel[(B * H * programs,)](
-            *(*operands, lse, delta, H, Nq, Nk, programs, scale),
+        _dkdv_kernel[(B * H * splits * programs,)](
+            *(*operands, lengths, lse, delta, H, Nq, Nk, programs, splits, queries, scale),
             *(d, *widths, unit, dkdv_tile.rows, dkdv_tile.columns),
             num_warps=dkdv_tile.num_warps,
             num_stages=dkdv_tile.num_stages,
@@ -502,7 +549,7 @@ def _backward(
 
 def attention_fwd(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     out = q.new_empty(q.shape)
-    return out, _forward(dense_rows(q), dense_rows(k), dense_rows(v), out)
+    return out, forward(dense_rows(q), dense_rows(k), dense_rows(v), out)
 
 
 def attention_bwd(
@@ -510,7 +557,7 @@ def attention_bwd(
 ) -> tuple[Tensor, Tensor, Tensor]:
     dq, dk, dv = q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
     dout, q, k, v = map(dense_rows, (dout, q, k, v))
-    _backward(dout, q, k, v, out, lse, dq, dk, dv)
+    backward(dout, q, k, v, out, lse, dq, dk, dv)
     return dq, dk, dv
 
 
@@ -523,7 +570,7 @@ def self_attention_fwd(qkv: Tensor, num_heads: int) -> tuple[Tensor, Tensor]:
     B, N, width = qkv.shape
     out = qkv.new_empty((B, N, width // 3))
     q, k, v = _heads(dense_rows(qkv), 3, num_heads).unbind(2)
-    return out, _forward(q, k, v, _heads(out, num_heads))
+    return out, forward(q, k, v, _heads(out, num_heads))
 
 
 def self_attention_bwd(
@@ -532,7 +579,7 @@ def self_attention_bwd(
     dqkv = qkv.new_empty(qkv.shape)
     dout, out = _heads(dense_rows(dout), num_heads), _heads(out, num_heads)
     q, k, v = _heads(dense_rows(qkv), 3, num_heads).unbind(2)
-    _backward(dout, q, k, v, out, lse, *_heads(dqkv, 3, num_heads).unbind(2))
+    backward(dout, q, k, v, out, lse, *_heads(dqkv, 3, num_heads).unbind(2))
     return dqkv
 
 

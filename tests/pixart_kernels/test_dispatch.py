@@ -73,6 +73,28 @@ def test_backend_that_cannot_run_raises_every_reason(toy: torch.Tensor) -> None:
         assert line in str(error.value)
 
 
+def test_reasons_get_what_x_does_not_show(toy: torch.Tensor) -> None:
+    """As attention's do, whose x may be a packed projection."""
+    proof = dispatch.Verification("abc", "cpu/toy.jsonl")
+    dispatch.VERIFIED["toy", "cuda", "cpu"] = proof
+    dispatch.register(
+        "toy",
+        "cuda",
+        lambda x: "cuda ran",
+        lambda x, head_dim=None: f"heads of {head_dim}" if head_dim == 64 else None,
+    )
+    dispatch.register("toy", "triton", lambda x: "triton ran", lambda x, head_dim=None: None)
+    dispatch.register("toy", "native", lambda x: "native ran", lambda x, head_dim=None: None)
+    assert dispatch.select("toy", toy, head_dim=72)(toy) == "cuda ran"
+    assert dispatch.chosen("toy", toy, "cuda") == "cuda"
+    assert dispatch.chosen("toy", toy, head_dim=64) == "reference"
+    assert dispatch.why_not("toy", "cuda", toy, head_dim=64) == "heads of 64"
+    assert dispatch.why_not_auto("toy", "cuda", toy, head_dim=64) == "heads of 64"
+    with pytest.raises(RuntimeError, match="'cuda' cannot run toy: heads of 64") as error:
+        dispatch.select("toy", toy, "cuda", head_dim=64)
+    assert "triton: can run" in str(error.value)
+
+
 def test_use_backend_is_restored_after_an_error() -> None:
     before = dispatch._backend
     with pytest.raises(ZeroDivisionError), pk.use_backend("reference"):

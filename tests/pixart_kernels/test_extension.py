@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -182,3 +184,23 @@ def test_a_pure_python_install_says_why(copied):
 def test_which_gpus_the_cuda_kernels_run_on(archs, ptx, capability, runs):
     cuda = {"built": True, "archs": archs, "ptx": ptx}
     assert _extension._runs_on(cuda, capability) == runs
+
+
+@pytest.mark.parametrize(
+    "archs, capability, reason",
+    [
+        (["sm_80", "sm_90a"], (9, 0), None),
+        (["sm_80", "sm_90a"], (8, 0), "these kernels are written for sm_90a alone and .* sm_80"),
+        (["sm_80", "sm_90a"], (10, 0), "these kernels are written for sm_90a alone and .* sm_100"),
+        (["sm_80"], (9, 0), "built for sm_80, compute_80 and .* sm_90; set PIXART_KERNELS_CUDA_AR"),
+    ],
+)
+def test_kernels_for_one_architecture(archs, capability, reason, monkeypatch):
+    monkeypatch.setattr(_extension, "problem", None)
+    cuda = {"built": True, "archs": archs, "ptx": "compute_80"}
+    monkeypatch.setattr(_extension, "build_info", {"cuda": cuda})
+    monkeypatch.setattr(_extension, "_capability", lambda device: capability)
+    x = SimpleNamespace(device=torch.device("cuda:0"), dtype=torch.bfloat16)
+    found = _extension.why_not_cuda(x, only="sm_90a")
+    assert found is None if reason is None else re.search(reason, found), found
+    assert _extension.why_not_cuda(x) is None

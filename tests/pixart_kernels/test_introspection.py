@@ -56,15 +56,21 @@ def test_cuda_kernels_are_built_where_nvcc_is():
     assert CUDA.get("built"), CUDA.get("reason", _extension.problem)
 
 
+def written_for_sm_90a() -> set[str]:
+    rows = json.loads((Path(introspection.__file__).parent / "_kernels.json").read_text())
+    return {short_name(row["name"]) for row in rows if row["source"].endswith("_sm90.cu")}
+
+
 @compiled
 def test_every_architecture_has_every_kernel():
     names: dict[str, set[str]] = {}
     for kernel in introspection.kernels():
         names.setdefault(kernel.arch, set()).add(kernel.name)
     assert sorted(names) == sorted(CUDA["archs"])
-    first, *others = names.values()
-    assert first
-    assert all(other == first for other in others)
+    of_all = set.union(*names.values()) - written_for_sm_90a()
+    assert of_all
+    for arch, found in names.items():
+        assert found == (of_all | written_for_sm_90a() if arch == "sm_90a" else of_all)
 
 
 @compiled
@@ -108,10 +114,12 @@ def cuobjdump(*arguments: str) -> str:
 
 def reserved(kernel: Kernel) -> int:
     """From sm_90 on, machine code that has shared memory has the driver's kibibyte before it."""
-    return 1024 if kernel.static_shared and not kernel.arch.startswith("sm_8") else 0
+    shares = kernel.static_shared or kernel.dynamic_shared
+    return 1024 if shares and not kernel.arch.startswith("sm_8") else 0
 
 
 @compiled
+@introspected
 def test_the_record_is_of_the_library_as_linked():
     """cuobjdump reads from the machine code what the build read from the compiler."""
     found, arch = set(), ""
@@ -146,11 +154,112 @@ def test_vector_kernels_move_16_bytes_at_once(arch):
     for signature, moves in zip(demangle.stdout.splitlines(), wide.values(), strict=True):
         family, _, kernel = short_name(signature).partition("::")
         name, _, arguments = kernel.rstrip(">").partition("<")
-        if name in ("fwd_kernel", "bwd_kernel"):
+        if (
+            name in ("fwd_kernel", "bwd_kernel")
+            and short_name(signature) not in written_for_sm_90a()
+        ):
             vector = arguments.split(", ")[VECTOR_ARGUMENT[family]] == "true"
             assert moves == ({"LDG", "STG"} if vector else set()), signature
             checked += 1
     assert checked
+
+
+@pytest.fixture(scope="module")
+def sm_90a_code() -> dict[str, list[str]]:
+    """The instructions of each kernel that is written for sm_90a alone."""
+    if "sm_90a" not in CUDA.get("archs", []) or shutil.which("c++filt") is None:
+        pytest.skip("no code for sm_90a, or no c++filt")
+    functions = cuobjdump("-sass", "-arch", "sm_90a").split("Function : ")[1:]
+    signatures = [function.split(maxsplit=1)[0] for function in functions]
+    demangle = subprocess.run(["c++filt", *signatures], capture_output=True, text=True, check=True)
+    code = {}
+    for signature, function in zip(demangle.stdout.splitlines(), functions, strict=True):
+        if short_name(signature) in written_for_sm_90a():
+            code[short_name(signature)] = re.findall(r"/\*[0-9a-f]{4,}\*/ +(.+?) *;", function)
+    assert set(code) == written_for_sm_90a()
+    return code
+
+
+def count(pattern: str, instructions: list[str]) -> int:
+    return sum(re.search(pattern, instruction) is not None for instruction in instructions)
+
+
+# What kernels for sm_90a are held to, as compiled:
+
+
+@compiled
+def test_sm_90a_1_tiles_come_through_tma(sm_90a_code):
+    for name, code in sm_90a_code.items():
+        assert count(r"UTMALDG\.4D", code) > 0 and count("LDGSTS", code) == 0, name
+
+
+@compiled
+def test_sm_90a_2_products_are_a_warpgroups_and_72_wide_where_the_result_is_a_head(sm_90a_code):
+    for name, code in sm_90a_code.items():
+        widths = set(re.findall(r"HGMMA\.64x(\d+)x16", "\n".join(code)))
+        keys = re.search(r"(\d+)>$", name).group(1)
+        assert widths == {keys, "72"} and count(r"\bHMMA", code) == 0, name
+
+
+@compiled
+def test_sm_90a_3_products_of_a_batch_do_not_wait_for_each_other(sm_90a_code):
+    """Where the compiler cannot prove that registers are safe, it waits after each of them."""
+    for name, code in sm_90a_code.items():
+        batches = count("WARPGROUP.ARRIVE", code)
+        assert count("WARPGROUP.DEPBAR", code) <= batches < count("HGMMA", code) / 4, name
+
+
+@compiled
+def test_sm_90a_4_nothing_lies_in_local_memory(sm_90a_code):
+    for name, code in sm_90a_code.items():
+        assert count(r"\b(LDL|STL)\b", code) == 0, name
+
+
+@compiled
+def test_sm_90a_5_registers_are_as_many_as_were_taken_and_left(sm_90a_code):
+    def used(instructions: list[str]) -> int:
+        numbers = re.findall(r"\bR(\d+)\b", "\n".join(instructions))
+        return 1 + max(map(int, numbers))
+
+    checked = 0
+    for name, code in sm_90a_code.items():
+        moves = {
+            match.group(1): (i, int(match.group(2), 16))
+            for i, line in enumerate(code)
+            if (match := re.search(r"USETMAXREG\.(DEALLOC|TRY_ALLOC)\S* .*?(0x[0-9a-f]+)", line))
+        }
+        if not moves:
+            continue
+        begin, left = moves["DEALLOC"]
+        end = begin + code[begin:].index("EXIT")
+        assert count("UTMALDG", code[begin:end]) > 0 and used(code[begin:end]) <= left, name
+        assert used(code) <= moves["TRY_ALLOC"][1], name
+        checked += 1
+    assert checked
+
+
+@compiled
+def test_sm_90a_6_results_leave_16_bytes_at_a_time(sm_90a_code):
+    """A head's nine pieces: four times two of a thread's rows, and a quarter of the last."""
+    for name, code in sm_90a_code.items():
+        results = 2 if "dkdv" in name else 1
+        assert count(r"STG\.E\.128", code) == 4 * results, name
+        # of each of two rows, the last piece, and lse or delta
+        assert count(r"STG\.E ", code) <= 4 * results, name
+
+
+@compiled
+def test_sm_90a_7_exponentials_are_taken_beside_products(sm_90a_code):
+    for name, code in sm_90a_code.items():
+        scores = int(re.search(r"(\d+)>$", name).group(1)) // 2
+        beside = taken = 0
+        for instruction in code:
+            taken += "MUFU.EX2" in instruction
+            if "HGMMA" in instruction:
+                taken = 0
+            elif "WARPGROUP.DEPBAR" in instruction:
+                beside = max(beside, taken)
+        assert beside >= scores, name
 
 
 # architecture, its number, limits as in a device's properties

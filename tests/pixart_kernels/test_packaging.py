@@ -14,7 +14,7 @@ import venv
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import pytest
 
@@ -231,14 +231,27 @@ def test_nvcc_is_asked_for_code_of_each_architecture_and_ptx(script, tmp_path, m
     monkeypatch.setenv("CUDA_HOME", str(fake_nvcc(tmp_path).parents[1]))
     nvcc = script.find_nvcc(("c++",))
     assert (nvcc.version, nvcc.library_folders) == ("13.0", ("/lib/stubs", "/lib"))
-    assert [flag for flag in nvcc.flags if "gencode" in flag] == [
+    flags = nvcc.flags("csrc/adaln/fwd.cu")
+    assert [flag for flag in flags if "gencode" in flag] == [
         "-gencode=arch=compute_80,code=sm_80",
         "-gencode=arch=compute_90a,code=sm_90a",
         "-gencode=arch=compute_80,code=compute_80",
     ]
-    assert not [flag for flag in nvcc.flags if "ccbin" in flag]
+    assert not [flag for flag in flags if "ccbin" in flag]
     monkeypatch.setattr(script, "ARCHS", "90a")
     assert script.find_nvcc(("c++",)).ptx is None
+
+
+def test_sources_for_sm_90a_are_built_for_it_alone(script, tmp_path, monkeypatch):
+    monkeypatch.setenv("CUDA_HOME", str(fake_nvcc(tmp_path).parents[1]))
+    source = "csrc/attention/fwd_sm90.cu"
+    nvcc = script.find_nvcc(("c++",))
+    assert source in nvcc.sources and "csrc/adaln/fwd.cu" in nvcc.sources
+    gencode = [flag for flag in nvcc.flags(source) if "gencode" in flag]
+    assert gencode == ["-gencode=arch=compute_90a,code=sm_90a"]
+    monkeypatch.setattr(script, "ARCHS", "80;90")
+    others = script.find_nvcc(("c++",)).sources
+    assert source not in others and "csrc/adaln/fwd.cu" in others
 
 
 def test_nvcc_takes_the_compiler_and_flags_of_cxx(script, tmp_path, monkeypatch):
@@ -251,7 +264,7 @@ def test_nvcc_takes_the_compiler_and_flags_of_cxx(script, tmp_path, monkeypatch)
 @pytest.mark.parametrize(
     ("fake", "words"),
     [
-        ({"release": "11.8"}, "is 11.8 and the CUDA kernels need 12.0 or newer"),
+        ({"release": "11.8"}, "is 11.8 and the CUDA kernels need 12.5 or newer"),
         ({"release": "unknown"}, "of an unknown version"),
         ({"refuses": "sm_90a"}, "refuses: nvcc fatal   : Unsupported gpu 'sm_90a'"),
     ],
@@ -294,6 +307,18 @@ def test_the_compilers_report_is_read(script):
         script.Kernel("f.cu", "_Z1fPf", "sm_80", 40, 16, 4, 8, 4096),
         script.Kernel("f.cu", "_Z1fPf", "sm_90a", 38, 0, 0, 0, 0),
     ]
+
+
+def test_what_the_compiler_warns_of_is_shown(script, tmp_path, monkeypatch, capsys):
+    lost = "ptxas info    : (C7510) Potential Performance Loss: wgmma.mma_async are serialized"
+    warned = "ptxas warning : setmaxnreg is ignored"
+    monkeypatch.setattr(script, "ROOT", tmp_path)
+    (tmp_path / "f.cu.ptxas").write_text("\n".join([REPORT, lost, warned]))
+    builder = SimpleNamespace(folder=Path())
+    script.BuildExt._report_kernels(builder, SimpleNamespace(sources=["f.cu"]), tmp_path)
+    said = capsys.readouterr().err.splitlines()
+    assert said[:2] == [f"pixart_kernels: {line}" for line in (lost, warned)]
+    assert "12 bytes spill on sm_80" in said[2] and len(said) == 3
 
 
 @pytest.mark.parametrize("ninja", [True, False], ids=["ninja", "without-ninja"])

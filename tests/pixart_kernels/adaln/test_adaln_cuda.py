@@ -108,6 +108,10 @@ def test_nan_and_infinity_reach_the_output(dtype):
     cases.check_nan_and_infinity(dtype, "cuda", DEVICE)
 
 
+def test_normalises_what_was_stored():
+    cases.check_normalises_what_was_stored("cuda", N=70, device=DEVICE)
+
+
 @per_op
 @pytest.mark.parametrize("dtype", [FP32, BF16], ids=str)
 def test_same_bits_a_hundred_times(op, dtype):

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch import Tensor
 from torch.autograd import gradcheck
 
 import pixart_kernels as pk
+from pixart_kernels import _extension, _triton, dispatch
 
 
 def textbook(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -123,3 +126,48 @@ def test_cross_attention_gradients_and_no_text_at_all() -> None:
 def test_wrong_argument_is_named(call, error: type, said: str) -> None:
     with pytest.raises(error, match=said):
         call()
+
+
+def on_gpu(dtype: torch.dtype) -> SimpleNamespace:
+    return SimpleNamespace(device=torch.device("cuda:0"), dtype=dtype)
+
+
+@pytest.mark.parametrize("op", ["self_attention", "attention"])
+def test_cuda_kernels_take_heads_of_72_in_16_bits(op: str, monkeypatch) -> None:
+    monkeypatch.setattr(_extension, "why_not_cuda", lambda x, only: None)
+    for dtype in (torch.bfloat16, torch.float16):
+        assert dispatch.why_not(op, "cuda", on_gpu(dtype), head_dim=72) is None
+        # the benefit of the doubt: doctor knows of no heads
+        assert dispatch.why_not(op, "cuda", on_gpu(dtype)) is None
+        for d in (0, 64, 80):
+            reason = dispatch.why_not(op, "cuda", on_gpu(dtype), head_dim=d)
+            assert reason == f"heads have {d} elements; attention's cuda kernels take 72"
+    reason = dispatch.why_not(op, "cuda", on_gpu(torch.float32), head_dim=72)
+    assert reason == "x is torch.float32; attention's cuda kernels take bfloat16 and float16"
+
+
+@pytest.mark.parametrize("op", ["self_attention", "attention", "cross_attention"])
+def test_triton_kernels_take_heads_up_to_128(op: str, monkeypatch) -> None:
+    monkeypatch.setattr(_triton, "why_not_triton", lambda x: None)
+    for d in (None, 1, 72, 128):
+        assert dispatch.why_not(op, "triton", on_gpu(torch.float32), head_dim=d) is None
+    for d in (0, 129, 136):
+        reason = dispatch.why_not(op, "triton", on_gpu(torch.float32), head_dim=d)
+        assert reason == f"heads have {d} elements; triton kernels take 1 to 128"
+
+
+def test_auto_passes_over_kernels_for_other_heads(monkeypatch) -> None:
+    monkeypatch.setattr(_triton, "why_not_triton", lambda x: None)
+    proof = dispatch.Verification("abc", "cpu/attention.jsonl")
+    monkeypatch.setitem(dispatch.VERIFIED, ("self_attention", "triton", "cpu"), proof)
+    x = torch.zeros(1, 2, 2, 136)
+    assert pk.chosen_backend("self_attention", x, head_dim=128) == "triton"
+    assert pk.chosen_backend("self_attention", x, head_dim=136) == "reference"
+    assert pk.self_attention(x.repeat(1, 1, 1, 3).flatten(2), 2).shape == (1, 2, 272)
+    with pytest.raises(RuntimeError, match="heads have 136 elements"):
+        pk.self_attention(x.repeat(1, 1, 1, 3).flatten(2), 2, backend="triton")
+    with pytest.raises(RuntimeError, match="heads have 136 elements"):
+        pk.attention(x, x, x, backend="triton")
+    with pytest.raises(RuntimeError, match="heads have 136 elements"):
+        lengths = torch.ones(1, dtype=torch.int32)
+        pk.cross_attention(x, torch.stack([x, x], 2), lengths, backend="triton")

@@ -7,7 +7,6 @@ import pytest
 import torch
 from attention_cases import BF16, FP16, FP32, attention, packed, per_dtype, run, separate
 
-import pixart_kernels as pk
 from pixart_kernels import _triton, dispatch
 from pixart_kernels.attention import config
 
@@ -195,14 +194,6 @@ def test_captured_in_a_graph():
         captured = run(op, leaves, "triton", dout)
     graph.replay()
     cases.assert_same_bits(expected, captured)
-
-
-def test_wider_heads_are_refused():
-    with pytest.raises(ValueError, match="self_attention: heads have 136 elements; triton kernels"):
-        pk.self_attention(torch.zeros(1, 2, 3 * 136, device=DEVICE), 1, backend="triton")
-    x = torch.zeros(1, 2, 1, 136, device=DEVICE)
-    with pytest.raises(ValueError, match="attention: heads have 136 elements; triton kernels take"):
-        pk.attention(x, x, x, backend="triton")
 
 
 @pytest.mark.parametrize("op", ["self_attention", "attention"])
