@@ -7,10 +7,12 @@ import sys
 
 COMMANDS = {
     "run": "time an op family",
+    "tiles": "compare attention's tiles on a GPU",
     "block": "time a whole PixArt block with and without the ops",
+    "memory": "count what a block keeps for its backward",
     "quickstart": "run the quickstart over several seeds",
     "plot": "draw the results of an op family",
-    "report": "write the README's tables from the results",
+    "report": "write the tables of README and docs from the results",
     "hardware": "everything that a GPU can prove, then its timings",
 }
 

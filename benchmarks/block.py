@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
 import torch
@@ -101,9 +101,9 @@ def parts(grid: tuple[int, int], device: torch.device, dtype: torch.dtype) -> li
     for table in (block.scale_shift_table, adaln.scale_shift_table):
         nn.init.normal_(table, std=D**-0.5)
 
-    def call_block(module, x, h, text, t0, next_table) -> Outputs:
-        own = module.scale_shift_table, t0
-        return module(x, h, grid, text, lengths, own, (next_table, t0))
+    def call_block(module, x, branch, text, t0, table_before) -> Outputs:
+        pending = branch, (table_before, t0)
+        return module(x, pending, grid, text, lengths, (module.scale_shift_table, t0))
 
     tokens, vectors = (B, N, D), (leaf(B, 6 * D), leaf(6, D))
     block_inputs = [leaf(*tokens), leaf(*tokens), leaf(B, TEXT_TOKENS, D), *vectors]
@@ -138,27 +138,19 @@ def only(backend: str) -> Iterator[None]:
         dispatch.VERIFIED = verified
 
 
-def _variants(part: Part) -> dict[str, Callable[[], Outputs]]:
-    """The ways to run the part's forward; its backward follows from that."""
-
-    def forward(backend: str, module: Callable[..., Outputs]) -> Callable[[], Outputs]:
-        def run() -> Outputs:
-            with only(backend):
-                return part.forward(module)
-
-        return run
-
+def _variants(part: Part) -> dict[str, tuple[str, Callable[..., Outputs]]]:
+    """The ways to run the part: a backend, and its module as it is or compiled."""
     x = part.inputs[0]
     backends = [b for b in dispatch.PRIORITY if dispatch.why_not("adaln_single", b, x) is None]
     torch._dynamo.reset()
-    found = {}
+    found: dict[str, tuple[str, Callable[..., Outputs]]] = {}
     # the reference, which comes last and always can, is what "without our ops" means
     for backend in reversed(backends):
         eager, compiled = backend, f"{backend}, compiled"
         if backend == "reference":
             eager, compiled = "eager", "torch.compile"
-        found[eager] = forward(backend, part.module)
-        found[compiled] = forward(backend, torch.compile(part.module, dynamic=False))
+        found[eager] = backend, part.module
+        found[compiled] = backend, torch.compile(part.module, dynamic=False)
     return found
 
 
@@ -176,33 +168,39 @@ def _wrong(found: list[Tensor], exact: list[Tensor], eager: list[Tensor]) -> str
 def time_part(part: Part, device: torch.device, seconds: float) -> dict:
     deadline = time.perf_counter() + seconds
     variants = _variants(part)
-    out_grads = [torch.randn_like(output) for output in variants["eager"]()]
+    out_grads = [torch.randn_like(output) for output in part.forward()]
 
-    def results(part: Part, outputs: Outputs, out_grads: list[Tensor]) -> list[Tensor]:
+    def results(part: Part, module: Callable[..., Outputs], out_grads: list[Tensor]) -> list:
+        outputs = part.forward(module)
         return [*outputs, *part.backward(outputs, out_grads)]
 
     double = part.in_double()
     with only("reference"):
-        exact = results(double, double.forward(), [grad.double() for grad in out_grads])
-    eager = results(part, variants["eager"](), out_grads)
+        exact = results(double, double.module, [grad.double() for grad in out_grads])
+        eager = results(part, part.module, out_grads)
     steps: dict[str, Callable[[], None]] = {}
     memory: dict[str, dict[str, int]] = {}
     incorrect: dict[str, str] = {}
-    for name, forward in variants.items():
-        problem = _wrong(results(part, forward(), out_grads), exact, eager)
-        if problem is not None:
-            incorrect[name] = problem
-            continue
+    for name, (backend, module) in variants.items():
 
-        def step(forward: Callable[[], Outputs] = forward) -> None:
-            part.backward(forward(), out_grads)
+        def step(backend: str = backend, module: Callable[..., Outputs] = module) -> None:
+            # the backward too, which runs some ops again
+            with only(backend):
+                part.backward(part.forward(module), out_grads)
             if device.type == "cuda":
                 torch.cuda.synchronize()
 
+        with only(backend):
+            problem = _wrong(results(part, module, out_grads), exact, eager)
+            if problem is not None:
+                incorrect[name] = problem
+                continue
+            memory[name] = step_memory(
+                partial(part.forward, module),
+                lambda outputs: part.backward_without_parameters(outputs, out_grads),
+                device,
+            )
         steps[name] = step
-        memory[name] = step_memory(
-            forward, lambda outputs: part.backward_without_parameters(outputs, out_grads), device
-        )
     measured = measure(steps, max(0.0, deadline - time.perf_counter())).as_json()
     return {"incorrect": incorrect, "memory": memory, **measured}
 

@@ -10,13 +10,13 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import asdict
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from benchmarks.environment import gpu_state
 from benchmarks.providers import Provider, call_of, leaves_of
-from benchmarks.registry import Case
 from benchmarks.timing import Timing, measure
 
 REPLAY_BYTES = 2**30  # a third of a millisecond on an H100, beside which a launch is small
@@ -32,49 +32,58 @@ def input_sets(bytes_per_call: int, cache_bytes: int) -> int:
 
 
 def _captured(work: Callable[[], object], stream: torch.cuda.Stream, pool=None):
-    """The graph of ``work``, and its outputs: a graph writes to them, so they must live as long."""
+    """The graph of ``work``, and its outputs. It writes to them, so they must live as long; and so
+    must what it reads.
+    """
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph, stream=stream, pool=pool):
         outputs = work()
     return graph, outputs
 
 
+Replay = Callable[[], tuple[float, float]]
+"""Replays a graph: milliseconds per call, of the pass alone and of what must run before it too."""
+
+
 def _replay(
     graph: torch.cuda.CUDAGraph, calls: int, kept: object, before: torch.cuda.CUDAGraph | None
-) -> Callable[[], float]:
-    """Replays ``graph`` and returns milliseconds per call."""
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+) -> Replay:
+    start, between, end = (torch.cuda.Event(enable_timing=True) for _ in range(3))
 
-    def replay(kept: object = kept) -> float:
+    def replay(kept: object = kept) -> tuple[float, float]:
+        start.record()
         if before is not None:
             before.replay()
-        start.record()
+        between.record()
         graph.replay()
         end.record()
         end.synchronize()
-        return start.elapsed_time(end) / calls
+        return between.elapsed_time(end) / calls, start.elapsed_time(end) / calls
 
     return replay
 
 
-def _provider_replay(
+def provider_replay(
     run: Provider, sets: list[list[Tensor]], out_grads: list[list[Tensor]], which: str
-) -> Callable[[], float]:
+) -> Replay:
+    """Of a call for each of ``sets``: "forward", or "backward" with the forward before it."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     leaves = [leaves_of(tensors) for tensors in sets]
     # the first calls compile, tune and load modules, none of which can be captured
     with torch.cuda.stream(stream):
         for _ in range(3):
-            with torch.no_grad():
-                run(*sets[0])
-            torch.autograd.grad(run(*leaves[0]), leaves[0], out_grads[0])
+            if which == "forward":
+                with torch.no_grad():
+                    run(*sets[0])
+            else:
+                torch.autograd.grad(run(*leaves[0]), leaves[0], out_grads[0])
     torch.cuda.synchronize()
     if which == "forward":
         with torch.no_grad():
             graph, outputs = _captured(lambda: [run(*tensors) for tensors in sets], stream)
-        return _replay(graph, len(sets), outputs, None)
-    # a backward frees what its forward saved, so each replay begins with an untimed forward
+        return _replay(graph, len(sets), (leaves, outputs), None)
+    # a backward frees what its forward saved, so each replay begins with a forward
     before, outputs = _captured(lambda: [run(*tensors) for tensors in leaves], stream)
     graph, grads = _captured(
         lambda: [
@@ -84,22 +93,29 @@ def _provider_replay(
         stream,
         before.pool(),
     )
-    return _replay(graph, len(sets), (outputs, grads), before)
+    return _replay(graph, len(sets), (leaves, out_grads, outputs, grads), before)
 
 
-def _copy_replay(bytes_per_call: int, count: int, device: torch.device) -> Callable[[], float]:
+def _copy_replay(bytes_per_call: int, count: int, device: torch.device) -> Replay:
     """A copy that reads half of the bytes and writes the other half."""
     parts = torch.empty((count, bytes_per_call // 2), dtype=torch.uint8, device=device).random_()
     graph, copies = _captured(lambda: [part.clone() for part in parts], torch.cuda.Stream())
     return _replay(graph, count, (parts, copies), None)
 
 
-def _take_turns(replays: dict[str, Callable[[], float]], seconds: float) -> dict[str, list[float]]:
+def matmul_replay(size: int, dtype: torch.dtype, device: torch.device) -> Replay:
+    """Of one product of two square matrices."""
+    factors = [torch.randn(size, size, device=device).to(dtype) for _ in range(2)]
+    return provider_replay(lambda a, b: (a @ b,), [factors], [], "forward")
+
+
+def take_turns(replays: dict[str, Replay], seconds: float) -> dict[str, list[tuple[float, float]]]:
+    """What each replay returned, over at least ``MIN_REPLAYS`` turns."""
     warm = time.perf_counter() + WARM_SECONDS
     while time.perf_counter() < warm:
         for replay in replays.values():
             replay()
-    times: dict[str, list[float]] = {name: [] for name in replays}
+    times: dict[str, list[tuple[float, float]]] = {name: [] for name in replays}
     deadline = time.perf_counter() + seconds
     for turn in range(MAX_REPLAYS):
         if turn >= MIN_REPLAYS and time.perf_counter() > deadline:
@@ -118,6 +134,11 @@ def peak_bytes(call: Callable[[], object]) -> int:
     return torch.cuda.max_memory_allocated() - before
 
 
+class Case(Protocol):
+    def inputs(self, device: torch.device, seed: int = 0) -> list[Tensor]: ...
+    def bytes_moved(self, which: str) -> int: ...
+
+
 def time_pass(
     case: Case, correct: dict[str, Provider], which: str, device: torch.device, seconds: float
 ) -> dict:
@@ -133,12 +154,14 @@ def time_pass(
     if which == "backward":
         steps = {n: call_of(run, sets[0], "forward+backward") for n, run in correct.items()}
         row["peak_bytes"] = {name: peak_bytes(step) for name, step in steps.items()}
-    replays = {n: _provider_replay(run, sets, out_grads, which) for n, run in correct.items()}
+    replays = {n: provider_replay(run, sets, out_grads, which) for n, run in correct.items()}
     replays[COPY] = _copy_replay(moved, count, device)
     before = gpu_state(device)
-    times = _take_turns(replays, seconds)
+    times = take_turns(replays, seconds)
     row["gpu"] = {"before": before, "after": gpu_state(device)}
-    row["timings"] = {name: asdict(Timing.of(found)) for name, found in times.items()}
+    row["timings"] = {
+        name: asdict(Timing.of([alone for alone, _ in found])) for name, found in times.items()
+    }
     return row
 
 

@@ -4,7 +4,7 @@ Whether the kernels can run at all, the tests that need a GPU, compute-sanitizer
 then the timings. A stage that fails does not hide the next; the exit status says whether any did.
 Everything goes to ``benchmarks/results/<device>/``: ``hardware.jsonl`` has a line for each stage
 with the end of its output, beside the timings' own files. ``--stages`` runs some of the stages and
-keeps the lines of the others.
+keeps the lines of the others; ``--resume`` keeps what timings were measured of this commit.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class Stage:
     timed: bool = False  # takes --budget
 
 
-def stages(output: Path) -> list[Stage]:
+def stages(output: Path, resume: bool = False) -> list[Stage]:
     python = sys.executable
     # a toolkit's installer does not put it on the path
     checker = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
@@ -56,6 +56,9 @@ def stages(output: Path) -> list[Stage]:
         command = [python, "-m", "benchmarks", *arguments, "--device", "cuda"]
         return Stage(name, [*command, "--output", str(output)], {}, weight, timed=True)
 
+    def family(name: str, weight: int) -> Stage:
+        return timings(name, "run", "--op", name, *["--resume"] * resume, weight=weight)
+
     # not all of tests/: collecting the rest imports packages that a GPU machine may lack
     tests = ["-m", "gpu", "--continue-on-collection-errors"]
     tests += ["tests/test_gpu.py", "tests/pixart_kernels"]
@@ -66,8 +69,12 @@ def stages(output: Path) -> list[Stage]:
         Stage("tests", [python, "-m", "pytest", *tests], {}, 4),
         sanitizer("memcheck"),
         sanitizer("racecheck"),
-        timings("adaln", "run", "--op", "adaln", weight=6),
-        timings("mlp", "run", "--op", "mlp", weight=1),
+        # what there is to beat, before a kernel of ours that has never run can hang
+        family("attention-rivals", weight=6),
+        family("adaln", weight=6),
+        family("mlp", weight=1),
+        family("attention", weight=6),
+        family("cross_attention", weight=2),
         timings("block", "block", weight=3),
     ]
 
@@ -123,7 +130,7 @@ def run_all(several: list[Stage], seconds: float) -> list[dict]:
 
 
 def table(rows: list[dict]) -> str:
-    lines = [f"{row['stage']:<10} {row['seconds']:>7.1f} s  {row['outcome']}" for row in rows]
+    lines = [f"{row['stage']:<16} {row['seconds']:>7.1f} s  {row['outcome']}" for row in rows]
     return "\n".join(["", *lines])
 
 
@@ -147,6 +154,7 @@ def main(argv: list[str]) -> None:
         help=f"some of them, separated by commas; default: {','.join(names)}",
     )
     parser.add_argument("--output", type=Path, help="folder; default: benchmarks/results/<device>")
+    parser.add_argument("--resume", action="store_true", help="keep timings of this commit")
     arguments = parser.parse_args(argv)
     unknown = [name for name in arguments.stages if name not in names]
     if unknown:
@@ -156,7 +164,8 @@ def main(argv: list[str]) -> None:
     device = torch.device("cuda")
     output = (arguments.output or folder(device)).resolve()
     about = environment(device)
-    several = [stage for stage in stages(output) if stage.name in arguments.stages]
+    every = stages(output, arguments.resume)
+    several = [stage for stage in every if stage.name in arguments.stages]
     rows = run_all(several, arguments.budget)
     file = output / "hardware.jsonl"
     write(file, merged(file, [{**row, **about} for row in rows]))

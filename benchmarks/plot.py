@@ -1,7 +1,8 @@
 """Draws an op family's results: ``python -m benchmarks plot``, into ``docs/images``.
 
 For a CPU, speed-ups over eager PyTorch (in 16 bits: the official formula) at each shape; for a
-GPU, bandwidth over tokens under the roof of a copy of as many bytes.
+GPU, bandwidth over tokens under the roof of a copy of as many bytes. For attention on a GPU,
+FLOP rates over tokens under the roof of a matrix product.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+from itertools import product
 from pathlib import Path
 
 import matplotlib
@@ -18,8 +20,11 @@ from matplotlib import pyplot
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from benchmarks.attention import PASSES, ROOF
+from benchmarks.attention_providers import OURS
 from benchmarks.environment import RESULTS
 from benchmarks.registry import FAMILIES, TINY
+from benchmarks.report import attention_files
 from benchmarks.rivals import EAGER_16BIT, baseline
 
 IMAGES = Path(__file__).parents[1] / "docs" / "images"
@@ -133,6 +138,58 @@ def bandwidths(rows: list[dict], op: str) -> Figure:
     return _grid(rows, f"{op}, D = {width}, L2-cold", panel, (4.6, 3.2), caption)
 
 
+def throughputs(rows: list[dict]) -> Figure:
+    """FLOP rates of self-attention over tokens, a panel for each head size and pass."""
+    rows = [{**row, "d": row["shape"][-1]} for row in rows if row["op"] == "self_attention"]
+    heads = sorted({row["d"] for row in rows}, key=lambda d: (d != 72, d))
+    names = list(dict.fromkeys(name for row in rows for name in row["timings"] if name != ROOF))
+    colours = pyplot.get_cmap("tab20").colors
+    figure, axes = pyplot.subplots(
+        len(PASSES),
+        len(heads),
+        figsize=(4.2 * len(heads), 3.0 * len(PASSES) + 1),
+        squeeze=False,
+        sharex=True,
+        sharey=True,
+        layout="constrained",
+    )
+    for (down, which), (across, d) in product(enumerate(PASSES), enumerate(heads)):
+        ax = axes[down, across]
+        ax.set_title(f"head_dim {d}, {which}", fontsize=10)
+        ax.grid(alpha=0.3)
+        here = [row for row in rows if (row["d"], row["pass"]) == (d, which)]
+        here.sort(key=lambda row: row["shape"][1])
+        for name in (*names, ROOF):
+            timed = [row for row in here if name in row["timings"]]
+            flops = [row["roof_flops" if name == ROOF else "flops"] for row in timed]
+            ax.plot(
+                [row["shape"][1] for row in timed],
+                [
+                    f / row["timings"][name]["median"] / 1e9
+                    for f, row in zip(flops, timed, strict=True)
+                ],
+                color="black" if name == ROOF else colours[names.index(name)],
+                linestyle="--" if name == ROOF else "-",
+                linewidth=2 if name in OURS else 1,
+                marker="" if name == ROOF else "o" if name in OURS else ".",
+                label=name,
+            )
+        ax.set_xscale("log", base=2)
+        lengths = sorted({row["shape"][1] for row in rows})
+        ax.set_xticks(lengths, [f"{N // 1024}k" if N >= 1024 else N for N in lengths])
+        ax.set_ylim(bottom=0)
+        ax.set_xlabel("tokens")
+        ax.set_ylabel("TFLOP/s")
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=5)
+    one = rows[0]
+    figure.suptitle(
+        f"self-attention, 16 heads, {one['dtype']}\n{one['device']}, torch {one['torch']}, "
+        f"cuDNN {one['cudnn']}, triton {one['triton']}, {one['commit']}",
+        fontsize=9,
+    )
+    return figure
+
+
 def _save(figure: Figure, name: str) -> None:
     IMAGES.mkdir(parents=True, exist_ok=True)
     figure.savefig(IMAGES / name, dpi=90, metadata={"Software": None})
@@ -146,6 +203,10 @@ def main(argv: list[str]) -> None:
     )
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of device folders")
     results = parser.parse_args(argv).results
+    for file in attention_files(results):
+        rows = [row for row in map(json.loads, file.read_text().splitlines()) if "timings" in row]
+        if rows:
+            _save(throughputs(rows), f"attention-{file.parent.name}.png")
     for file in sorted(results.glob("*/*.jsonl")):
         if file.stem not in FAMILIES:
             continue

@@ -1,4 +1,4 @@
-"""Writes the README's benchmark tables from the result files: ``python -m benchmarks report``."""
+"""Writes the benchmark tables of README and docs: ``python -m benchmarks report``."""
 
 from __future__ import annotations
 
@@ -8,6 +8,9 @@ import math
 from collections.abc import Callable
 from pathlib import Path
 
+from benchmarks import attention
+from benchmarks.attention import PASSES, ROOF
+from benchmarks.cross_attention import MASKED
 from benchmarks.registry import FAMILIES, TINY
 from benchmarks.rivals import EAGER_16BIT, baseline
 
@@ -184,15 +187,172 @@ def _tokens(row: dict) -> int:
     return math.prod(row["shape"][:-1])
 
 
+def _lengths(shape) -> str:
+    _, Nq, Nk, *_ = shape
+    return f"{Nq} tokens" if Nq == Nk else f"{Nq} queries, {Nk} keys"
+
+
+def attention_cpu_table(file: Path) -> str:
+    """`auto` over a direct call."""
+    if not _has_timings(file):
+        return "No run is recorded yet."
+    rows = _rows(file)
+    measured = [row for row in rows if "timings" in row]
+    ratios = {
+        (row["op"], tuple(row["shape"]), row["dtype"], row["pass"]): row["speedups"]["auto"]
+        for row in measured
+        if "auto" in row["speedups"]
+    }
+    kinds = list(dict.fromkeys(key[2:] for key in ratios))
+    lines = [
+        "| times as fast as a direct call | " + " | ".join(map(" ".join, kinds)) + " |",
+        "|---|" + "---|" * len(kinds),
+    ]
+    for op, shape in dict.fromkeys(key[:2] for key in ratios):
+        cells = []
+        for ratio in (ratios.get((op, shape, *kind)) for kind in kinds):
+            if ratio is None:
+                cells.append("–")
+                continue
+            text = f"{ratio['median']:.3f} ({ratio['p20']:.2f}–{ratio['p80']:.2f})"
+            cells.append(f"**{text}**" if ratio["p80"] < 1 else text)
+        lines.append(f"| `{op}`, {_lengths(shape)} | " + " | ".join(cells) + " |")
+    one = measured[0]
+    disturbed = sum(not row["quiet"] for row in measured)
+    caption = (
+        "On a CPU `auto` is PyTorch's scaled dot product attention, and must not be slower than a "
+        "direct call of it on the same tensors. Turn by turn: median, and from the 20th to the "
+        f"80th percentile (bold: all of that below 1). {one['device']}, {one['threads']} threads, "
+        f"batch {one['shape'][0]}, {one['shape'][3]} heads of {one['shape'][4]}, torch "
+        f"{one['torch']}, commit {one['commit']}"
+        + (f"; {disturbed} of {len(measured)} rows beside other work" if disturbed else "")
+        + f". {_link(file)}.{_missing(rows)}"
+    )
+    return "\n".join([*lines, "", caption])
+
+
+def attention_gpu_table(file: Path) -> str:
+    """FLOP rates of everyone at head_dim 72, by pass and length."""
+    rows = _rows(file)
+    measured = [row for row in rows if "timings" in row and row["shape"][-1] == 72]
+    # self-attention first
+    measured.sort(key=lambda r: (PASSES.index(r["pass"]), r["op"] == "attention", r["shape"][1]))
+    names = list(dict.fromkeys(n for row in measured for n in row["timings"] if n != ROOF))
+    lines = [
+        "| TFLOP/s at head_dim 72 | " + " | ".join(names) + " | best, % of a matrix product |",
+        "|---|" + "---|" * (len(names) + 1),
+    ]
+
+    def line(label: str, cells: dict[str, str], best: str, last: str) -> str:
+        texts = [cells.get(name, "–") for name in names]
+        texts = [f"**{t}**" if n == best else t for n, t in zip(names, texts, strict=True)]
+        return f"| {label} | " + " | ".join(texts) + f" | {last} |"
+
+    for row in measured:
+        times = {n: t["median"] for n, t in row["timings"].items() if n != ROOF}
+        if not times:
+            continue
+        rates = {name: row["flops"] / time / 1e9 for name, time in times.items()}
+        best = max(rates, key=lambda name: rates[name])
+        roof = row["roof_flops"] / row["timings"][ROOF]["median"] / 1e9
+        cells = {name: f"{rate:.0f}" for name, rate in rates.items()}
+        label = f"{row['pass']}, {_lengths(row['shape'])}"
+        lines.append(line(label, cells, best, f"{100 * rates[best] / roof:.0f}"))
+    largest = [row for row in measured if row["pass"] == PASSES[-1] and row["peak_bytes"]]
+    if largest:
+        row = max(largest, key=lambda r: r["shape"][1])
+        peaks = row["peak_bytes"]
+        cells = {name: f"{peak / 2**20:.0f}" for name, peak in peaks.items()}
+        label = f"MiB at the peak of it, {_lengths(row['shape'])}"
+        lines.append(line(label, cells, min(peaks, key=lambda name: peaks[name]), ""))
+    one = measured[0]
+    absent = {name: why for row in measured for name, why in row["cannot"].items()}
+    nowhere = [f"{name} ({why})" for name, why in absent.items() if name not in names]
+    caption = (
+        f"{one['device']}, driver {one.get('driver_version')}, torch {one['torch']}, cuDNN "
+        f"{one['cudnn']}, triton {one['triton']}, commit {one['commit']}; {one['dtype']}, 16 heads "
+        "of samples that have 16k tokens together, L2-cold in CUDA graphs that take turns. FLOPs "
+        "are those of the true head_dim, 2.5 times as many backward; bold: the best. Ours reads "
+        "the packed projection in place; others get the layout they like, conversions are not "
+        "timed, and their options are the defaults. A dash: could not run there, or failed the "
+        "check. Reasons, spread and other head "
+        f"sizes: {_link(file)}."
+        + (f" Nowhere: {'; '.join(nowhere)}." if nowhere else "")
+        + _missing(rows)
+    )
+    picture = f"docs/images/attention-{file.parent.name}.png"
+    if (ROOT / picture).exists():
+        lines += ["", f"![TFLOP/s over tokens, by head size and pass]({picture})"]
+    return "\n".join([*lines, "", caption])
+
+
+def _text(row: dict) -> str:
+    """How much of the texts is real: one length, or those that repeat over the batch."""
+    lengths, L = row["lengths"], row["shape"][2]
+    return f"{' and '.join(map(str, dict.fromkeys(lengths)))} of {L} tokens"
+
+
+def cross_attention_table(file: Path) -> str:
+    """Ratios of the faster of our backends, for each text."""
+    if not _has_timings(file):
+        return "No run is recorded yet."
+    rows = _rows(file)
+    measured = [row for row in rows if "timings" in row]
+
+    def ours(row: dict) -> str:
+        backends = [name for name in ("cuda", "triton", "native") if name in row["timings"]]
+        return min(backends, key=lambda name: row["timings"][name]["median"], default="none")
+
+    kinds = list(dict.fromkeys((row["dtype"], row["pass"]) for row in measured))
+    lines = [
+        f"| times as fast as eager / {MASKED} | " + " | ".join(map(" ".join, kinds)) + " |",
+        "|---|" + "---|" * len(kinds),
+    ]
+    for text in dict.fromkeys(map(_text, measured)):
+        cells = []
+        for kind in kinds:
+            found = [r for r in measured if (_text(r), r["dtype"], r["pass"]) == (text, *kind)]
+            cells.append(" / ".join(_ratios(found, _always(n), ours) for n in ("eager", MASKED)))
+        lines.append(f"| {text} | " + " | ".join(cells) + " |")
+    one = measured[0]
+    disturbed = sum(not row.get("quiet", True) for row in measured)
+    images = dict.fromkeys("×".join(map(str, row["shape"][:2])) for row in measured)
+    caption = (
+        f"{MASKED} is what diffusers runs, over all tokens; eager is our definition, which clears "
+        f"padding too. Lowest to highest over images × their tokens, {', '.join(images)}; "
+        f"{one['shape'][3]} heads of {one['shape'][4]}; bold: the rival was faster at some. "
+        f"{one['device']}, torch {one['torch']}, commit {one['commit']}"
+        + (f"; {disturbed} of {len(measured)} rows beside other work" if disturbed else "")
+        + f". {_link(file)}.{_missing(rows)}"
+    )
+    return "\n".join([*lines, "", caption])
+
+
+def attention_files(results: Path) -> list[Path]:
+    """Each GPU's run with our kernels or, until there is one, that of rivals alone."""
+    found = []
+    for folder in sorted(results.glob("sm_*")):
+        files = [folder / f"{family}.jsonl" for family in attention.FAMILIES]
+        found += [file for file in files if _has_timings(file)][:1]
+    return found
+
+
+def _has_timings(file: Path) -> bool:
+    return file.exists() and any("timings" in row for row in _rows(file))
+
+
 def gpu(results: Path) -> str:
     named = [
         folder / f"{family}.jsonl" for folder in sorted(results.glob("sm_*")) for family in FAMILIES
     ]
-    files = [file for file in named if file.exists()]
-    if not files:
+    tables = [gpu_table(file) for file in named if file.exists()]
+    tables += [attention_gpu_table(file) for file in attention_files(results)]
+    cross = sorted(results.glob("sm_*/cross_attention.jsonl"))
+    tables += [cross_attention_table(file) for file in cross if _has_timings(file)]
+    if not tables:
         why = "nothing here has run on a GPU yet: [docs/hardware.md](docs/hardware.md)"
         return f"There are no GPU figures yet, because {why}."
-    return "\n\n".join(gpu_table(file) for file in files)
+    return "\n\n".join(tables)
 
 
 def block(file: Path) -> str:
@@ -262,29 +422,58 @@ def quickstart(file: Path) -> str:
     )
 
 
-# marker in the README -> its text; what has no marker there is not written
+def memory(file: Path) -> str:
+    """What each mode keeps of a block, and its share of what diffusers' model keeps."""
+    rows = _rows(file)
+    if not rows:
+        return ""
+    precisions = list(dict.fromkeys(row["precision"] for row in rows))
+    lines = [f"| kept of a block | {' | '.join(precisions)} |", "|---|" + "---|" * len(precisions)]
+    for mode in dict.fromkeys(row["mode"] for row in rows):
+        cells = [mode]
+        for precision in precisions:
+            found = {row["mode"]: row for row in rows if row["precision"] == precision}
+            batch, tokens, width = found[mode]["shape"]
+            share = found[mode]["bytes"] / found["diffusers"]["bytes"]
+            cells.append(f"{found[mode]['bytes'] / (batch * tokens):,.0f}, {share:.0%}")
+        lines.append(f"| {' | '.join(cells)} |")
+    one = rows[0]
+    return "\n".join(lines) + (
+        "\n\nBytes for each image token, and the share of diffusers'. "
+        f"{batch} × {tokens} tokens of {width} channels, {one['text']} tokens of text, "
+        f"torch {one['torch']}, commit {one['commit']}. "
+        f"Tensor by tensor: [{file.name}](../{file.relative_to(ROOT)})."
+    )
+
+
+# marker in a page -> its text; what has no marker there is not written
 BLOCKS: dict[str, Callable[[Path], str]] = {
     "adaln": lambda results: cpu_table(results / "cpu" / "adaln.jsonl"),
     "mlp": lambda results: cpu_table(results / "cpu" / "mlp.jsonl"),
+    "attention": lambda results: attention_cpu_table(results / "cpu" / "attention.jsonl"),
+    "cross_attention": lambda results: cross_attention_table(
+        results / "cpu" / "cross_attention.jsonl"
+    ),
     "block": lambda results: block(results / "cpu" / "block.jsonl"),
     "gpu": lambda results: gpu(results),
+    "memory": lambda results: memory(results / "cpu" / "memory.jsonl"),
     "quickstart": lambda results: quickstart(results / "cpu" / "quickstart.jsonl"),
 }
 
 
-def updated_readme(readme: str) -> str:
+def updated(page: str) -> str:
     for name, text in BLOCKS.items():
         begin, end = f"<!-- {name}: begin -->", f"<!-- {name}: end -->"
-        if begin not in readme:
+        if begin not in page:
             continue
-        before, _, rest = readme.partition(begin)
+        before, _, rest = page.partition(begin)
         _, _, after = rest.partition(end)
-        readme = f"{before}{begin}\n{text(ROOT / RESULTS)}\n{end}{after}"
-    return readme
+        page = f"{before}{begin}\n{text(ROOT / RESULTS)}\n{end}{after}"
+    return page
 
 
 def main(argv: list[str]) -> None:
     description = (__doc__ or "").splitlines()[0]
     argparse.ArgumentParser("python -m benchmarks report", description=description).parse_args(argv)
-    path = ROOT / "README.md"
-    path.write_text(updated_readme(path.read_text()))
+    for path in (ROOT / "README.md", ROOT / "docs" / "memory.md"):
+        path.write_text(updated(path.read_text()))

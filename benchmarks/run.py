@@ -3,28 +3,41 @@
 Before anything is timed, each provider's outputs and gradients are held against the definition
 in float64 with the tests' error rule; a provider that fails is reported and not timed. Results go
 to ``benchmarks/results/<device>/<family>.jsonl``, one line for each op, shape, dtype and pass;
-what failed or was not reached has a line too, that says so. The file is written after each case.
+what failed or was not reached has a line too, that says so. The file is written after each case,
+and ``--resume`` goes on from there.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from benchmarks import cuda
+from benchmarks import attention, cross_attention, cuda, registry
 from benchmarks.environment import environment, folder, write
 from benchmarks.providers import call_of, correct_providers, in_short
-from benchmarks.registry import FAMILIES, PASSES, TINY, Case
+from benchmarks.registry import PASSES, TINY, Case
 from benchmarks.timing import Budget, measure
 
+AnyCase = Case | attention.AttentionCase | cross_attention.CrossCase
+FAMILIES: dict[str, Callable[[str], Sequence[AnyCase]]] = {
+    **registry.FAMILIES,
+    **attention.FAMILIES,
+    **cross_attention.FAMILIES,
+}
 
-def time_case(case: Case, device: torch.device, seconds: float) -> list[dict]:
+
+def time_case(case: AnyCase, device: torch.device, seconds: float) -> list[dict]:
+    if isinstance(case, attention.AttentionCase):
+        return attention.time_case(case, device, seconds)
+    if isinstance(case, cross_attention.CrossCase):
+        return cross_attention.time_case(case, device, seconds)
     deadline = time.perf_counter() + seconds
     tensors = case.inputs(device)
     correct, failures = correct_providers(case, tensors)
@@ -56,12 +69,14 @@ def _summary(row: dict) -> str:
     parts.append("µs")
     if not row.get("quiet", True):
         parts.append(f"(disturbed: {row['foreign_cores']:.2f} cores)")
+    if row.get("cannot"):
+        parts.append(f"(cannot: {', '.join(row['cannot'])})")
     parts += [f"WRONG {name}: {problem}" for name, problem in row["incorrect"].items()]
     return "  ".join(parts)
 
 
 def run(
-    cases: list[Case],
+    cases: Sequence[AnyCase],
     device: torch.device,
     seconds: float,
     save: Callable[[list[dict]], object] = lambda rows: None,
@@ -97,6 +112,13 @@ def run(
     return rows
 
 
+def measured_before(file: Path, about: dict) -> list[dict]:
+    """Timings in ``file`` of the same commit on the same device."""
+    rows = map(json.loads, file.read_text().splitlines()) if file.exists() else ()
+    same = ("commit", "device")
+    return [r for r in rows if "timings" in r and all(r[key] == about[key] for key in same)]
+
+
 def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(
         "python -m benchmarks run", description=(__doc__ or "").splitlines()[0]
@@ -105,14 +127,22 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--device", default="cpu", choices=sorted(PASSES))
     parser.add_argument("--budget", type=float, default=600.0, help="seconds for all cases")
     parser.add_argument("--output", type=Path, help="folder; default: benchmarks/results/<device>")
+    parser.add_argument(
+        "--resume", action="store_true", help="keep what was measured of this commit, here"
+    )
     arguments = parser.parse_args(argv)
     device = torch.device(arguments.device)
     about = environment(device)
     file = (arguments.output or folder(device)) / f"{arguments.op}.jsonl"
+    earlier = measured_before(file, about) if arguments.resume else []
 
     def save(rows: list[dict]) -> None:
-        write(file, [{**row, **about} for row in rows])
+        write(file, [*earlier, *({**row, **about} for row in rows)])
 
-    rows = run(FAMILIES[arguments.op](device.type), device, arguments.budget, save)
+    def is_new(case: AnyCase) -> bool:
+        return not any(row.items() >= case.about().items() for row in earlier)
+
+    cases = list(filter(is_new, FAMILIES[arguments.op](device.type)))
+    rows = run(cases, device, arguments.budget, save)
     print(f"{len(rows)} rows in {file}")
     sys.exit(any("failed" in row for row in rows))

@@ -7,34 +7,84 @@ CPU's kernels, for a checker of CPUs. Says nothing of results: the tests do.
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
+import pixart_kernels as pk
 from benchmarks.providers import leaves_of
-from benchmarks.registry import BF16, FAMILIES, FP32, MIXED, Case
+from benchmarks.registry import BF16, FAMILIES, FP32, MIXED, Case, Outputs
 from pixart_kernels import dispatch
 
 # one token; an odd number of rows; a width that no vector divides; nothing at all
 SHAPES = ((1, 1, 1152), (3, 7, 1152), (2, 33, 136), (2, 5, 37), (2, 0, 64))
+# samples, queries, keys: one; past a tile of either; a short tile of both; nothing to attend to
+LENGTHS = ((1, 1, 1), (2, 257, 257), (1, 130, 33), (2, 5, 0))
+HEADS, HEAD_DIM = 3, 72
+
+
+class Call(NamedTuple):
+    op: str
+    facts: dict[str, int]  # what a backend's reason needs besides the first tensor
+    function: Callable[..., Outputs]  # function(backend, *tensors)
+    tensors: list[Tensor]
+
+
+def _attention(q: Tensor, k: Tensor, v: Tensor) -> Call:
+    def attention(backend: str, *qkv: Tensor) -> Outputs:
+        return (pk.attention(*qkv, backend=backend),)
+
+    def self_attention(backend: str, qkv: Tensor) -> Outputs:
+        return (pk.self_attention(qkv, HEADS, backend=backend),)
+
+    facts = {"head_dim": HEAD_DIM}
+    if q.shape != k.shape:
+        return Call("attention", facts, attention, [q, k, v])
+    packed = torch.stack([q, k, v], 2).flatten(2)
+    return Call("self_attention", facts, self_attention, [packed])
+
+
+def _cross_attention(q: Tensor, kv: Tensor) -> Call:
+    """All text for the first sample, none for a second."""
+    lengths = torch.tensor([kv.shape[1], 0][: len(q)], dtype=torch.int32, device=q.device)
+
+    def cross_attention(backend: str, q: Tensor, kv: Tensor) -> Outputs:
+        return (pk.cross_attention(q, kv, lengths, backend=backend),)
+
+    return Call("cross_attention", {"head_dim": HEAD_DIM}, cross_attention, [q, kv])
+
+
+def calls(device: torch.device) -> Iterator[Call]:
+    ops = {case.op.name: case.op for family in FAMILIES.values() for case in family(device.type)}
+    for op in ops.values():
+        for precision in (FP32, BF16, MIXED):
+            for shape in SHAPES:
+                yield Call(op.name, {}, op.call, Case(op, shape, precision).inputs(device))
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        for B, Nq, Nk in LENGTHS:
+            sizes = ((B, N, HEADS, HEAD_DIM) for N in (Nq, Nk, Nk))
+            yield _attention(*(torch.randn(size, dtype=dtype, device=device) for size in sizes))
+        # past 2048 queries, partial sums of dk and dv are folded
+        for B, N, L in (*LENGTHS, (1, 2049, 33)):
+            q = torch.randn(B, N, HEADS, HEAD_DIM, dtype=dtype, device=device)
+            kv = torch.randn(B, L, 2, HEADS, HEAD_DIM, dtype=dtype, device=device)
+            yield _cross_attention(q, kv)
 
 
 def main() -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    ops = {case.op.name: case.op for family in FAMILIES.values() for case in family(device.type)}
     ran = 0
-    for backend in dispatch.PRIORITY:
-        if backend == "reference":
-            continue
-        for op in ops.values():
-            for precision in (FP32, BF16, MIXED):
-                for shape in SHAPES:
-                    leaves = leaves_of(Case(op, shape, precision).inputs(device))
-                    reason = dispatch.why_not(op.name, backend, leaves[0])
-                    if reason is not None:
-                        continue
-                    outputs = op.call(backend, *leaves)
-                    torch.autograd.grad(outputs, leaves, [torch.ones_like(o) for o in outputs])
-                    ran += 1
+    for call in calls(device):
+        for backend in dispatch.PRIORITY:
+            leaves = leaves_of(call.tensors)
+            reason = dispatch.why_not(call.op, backend, leaves[0], **call.facts)
+            if backend == "reference" or reason is not None:
+                continue
+            outputs = call.function(backend, *leaves)
+            torch.autograd.grad(outputs, leaves, [torch.ones_like(o) for o in outputs])
+            ran += 1
     if device.type == "cuda":
         torch.cuda.synchronize()
     print(f"{ran} forwards and backwards on {device}")

@@ -99,11 +99,15 @@ def test_stages_cover_the_house_and_write_beside_each_other(tmp_path) -> None:
     found = {stage.name: stage.command for stage in stages(tmp_path)}
     assert list(found) == [
         *("kernels", "doctor", "tests", "memcheck", "racecheck"),
-        *("adaln", "mlp", "block"),
+        *("attention-rivals", "adaln", "mlp", "attention", "cross_attention", "block"),
     ]
     assert "--continue-on-collection-errors" in found["tests"]
-    assert all(str(tmp_path) in found[name] for name in ("adaln", "mlp", "block"))
+    timed = list(found)[5:]
+    assert all(str(tmp_path) in found[name] for name in timed)
     assert {"run", "block"} <= set(COMMANDS)
+    resumed = {stage.name for stage in stages(tmp_path, True) if "--resume" in stage.command}
+    assert resumed == set(timed) - {"block"}
+    assert not any("--resume" in command for command in found.values())
 
 
 @pytest.fixture
@@ -115,7 +119,7 @@ def as_if_on_a_gpu(monkeypatch) -> None:
 @pytest.mark.parametrize("status", [0, 1])
 def test_exit_status_and_file(tmp_path, monkeypatch, capsys, as_if_on_a_gpu, status: int) -> None:
     several = [python("first", f"raise SystemExit({status})"), python("second", "pass")]
-    monkeypatch.setattr(hardware, "stages", lambda output: several)
+    monkeypatch.setattr(hardware, "stages", lambda output, resume=False: several)
     with pytest.raises(SystemExit) as ended:
         hardware.main(["--output", str(tmp_path)])
     assert ended.value.code == bool(status)
@@ -129,7 +133,7 @@ def test_some_stages_take_all_the_time_and_keep_the_others_lines(
     tmp_path, monkeypatch, as_if_on_a_gpu
 ) -> None:
     several = [python(name, f"print('{name}')") for name in ("first", "second", "third")]
-    monkeypatch.setattr(hardware, "stages", lambda output: several)
+    monkeypatch.setattr(hardware, "stages", lambda output, resume=False: several)
     given = []
     real = hardware.run_stage
     monkeypatch.setattr(
@@ -172,6 +176,17 @@ def test_the_checker_s_script_runs_what_there_is(monkeypatch, capsys) -> None:
     sanitize.main()
     count = int(capsys.readouterr().out.split()[0])
     assert count % (3 * len(sanitize.SHAPES)) == 0 and count > 0
-    monkeypatch.setattr(sanitize.dispatch, "why_not", lambda *arguments: "not here")
+    calls = list(sanitize.calls(torch.device("cpu")))
+    lengths = {call.tensors[0].dtype: [] for call in calls if "attention" in call.op}
+    for call in calls:
+        if "attention" in call.op:
+            outputs = call.function("reference", *call.tensors)
+            assert sanitize.dispatch.why_not(call.op, "reference", *outputs, **call.facts) is None
+            lengths[outputs[0].dtype].append(outputs[0].shape[1])
+    assert set(lengths) == {torch.float32, torch.bfloat16, torch.float16}
+    self_attention = [N for _, N, _ in sanitize.LENGTHS]
+    with_text = [*self_attention, 2049]
+    assert all(sorted(found) == sorted(self_attention + with_text) for found in lengths.values())
+    monkeypatch.setattr(sanitize.dispatch, "why_not", lambda *arguments, **facts: "not here")
     with pytest.raises(SystemExit, match="no kernel"):
         sanitize.main()

@@ -8,7 +8,15 @@ import pytest
 
 from benchmarks import plot
 from benchmarks.registry import TINY
-from benchmarks.report import MMAPPED, ROOT, block, cpu_table, gpu, updated_readme
+from benchmarks.report import (
+    MMAPPED,
+    ROOT,
+    attention_cpu_table,
+    block,
+    cpu_table,
+    gpu,
+    updated,
+)
 from pixart_kernels.dispatch import VERIFIED
 
 ABOUT = {"device": "a device", "torch": "2", "triton": "3", "commit": "abc"}
@@ -35,9 +43,10 @@ def write(file, rows: list[dict]):
     return file
 
 
-def test_readme_is_up_to_date() -> None:
-    readme = (ROOT / "README.md").read_text()
-    assert updated_readme(readme) == readme, "run: python -m benchmarks report"
+@pytest.mark.parametrize("name", ["README.md", "docs/memory.md"])
+def test_pages_are_up_to_date(name: str) -> None:
+    page = (ROOT / name).read_text()
+    assert updated(page) == page, "run: python -m benchmarks report"
 
 
 def test_every_verification_has_its_results() -> None:
@@ -133,6 +142,83 @@ def test_gpu_table_takes_the_faster_of_ours(tmp_path, monkeypatch) -> None:
     assert "| `an_mlp` forward |" in gpu(tmp_path)
 
 
+def attention_rows(**more) -> list[dict]:
+    """Forward and backward at two lengths, and forward with fewer keys, heads of 72; one of 64."""
+    about = {**ABOUT, "cudnn": 9, "dtype": "bfloat16", "cannot": {}, "incorrect": {}}
+
+    def one(op: str, N: int, Nk: int, d: int, which: str, **times: float) -> dict:
+        timings = {name.replace("_", " "): {"median": time} for name, time in times.items()}
+        row = {"op": op, "shape": [4, N, Nk, 16, d], "pass": which, "timings": timings}
+        rates = {"flops": 6e9, "roof_flops": 12e9, "peak_bytes": dict.fromkeys(timings, N << 20)}
+        return {**about, **row, **rates, **more}
+
+    times = {"SDPA": 2.0, "SDPA_cuDNN": 1.0, "triton": 3.0, "matmul": 1.0}
+    forward, both = "forward", "forward+backward"
+    return [
+        one("self_attention", 4096, 4096, 72, forward, **times),
+        one("self_attention", 1024, 1024, 72, forward, SDPA=2.0, triton=1.5, matmul=1.0),
+        one("attention", 1024, 256, 72, forward, SDPA=2.0, matmul=1.0),
+        one("self_attention", 1024, 1024, 72, both, SDPA=6.0, triton=4.0, matmul=1.0),
+        one("self_attention", 1024, 1024, 64, forward, SDPA=2.0, matmul=1.0),
+    ]
+
+
+def test_attention_on_gpus_shows_everyone_and_the_best(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr("benchmarks.report.ROOT", tmp_path)
+    rows = attention_rows()
+    rows[0]["cannot"] = {"xformers": "xformers is not installed", "triton": "of no account"}
+    rows[1]["incorrect"] = {"SDPA cuDNN": "out: error"}
+    rows[3]["peak_bytes"] = {"SDPA": 5 << 20, "triton": 3 << 20}
+    file = write(tmp_path / "sm_90-x" / "attention-rivals.jsonl", rows)
+    text = gpu(tmp_path)
+    lines = [line for line in text.splitlines() if line.startswith("|")]
+    assert lines[0].split(" | ")[1:] == ["SDPA", "triton", "SDPA cuDNN", *lines[0].split(" | ")[4:]]
+    assert lines[2:] == [
+        "| forward, 1024 tokens | 3 | **4** | – | 33 |",
+        "| forward, 4096 tokens | 3 | 2 | **6** | 50 |",
+        "| forward, 1024 queries, 256 keys | **3** | – | – | 25 |",
+        "| forward+backward, 1024 tokens | 1 | **2** | – | 12 |",
+        "| MiB at the peak of it, 1024 tokens | 5 | **3** | – |  |",
+    ]
+    assert "cuDNN 9" in text
+    assert "Nowhere: xformers (xformers is not installed)." in text
+    assert "not timed there: SDPA cuDNN." in text
+    # a run with our kernels, once it has measured anything, takes the place of one without
+    ours = file.with_name("attention.jsonl")
+    write(ours, [{**ABOUT, "op": "attention", "shape": [1], "not_measured": "was stopped"}])
+    assert gpu(tmp_path) == text
+    write(ours, attention_rows(commit="def"))
+    assert "commit def" in gpu(tmp_path) and "commit abc" not in gpu(tmp_path)
+    write(tmp_path / "sm_90-x" / "adaln.jsonl", gpu_rows())
+    assert gpu(tmp_path).startswith("| L2-cold |") and "commit def" in gpu(tmp_path)
+
+
+def test_attention_on_a_cpu_is_compared_with_a_direct_call(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr("benchmarks.report.ROOT", tmp_path)
+
+    def one(N: int, Nk: int, dtype: str, low: float, median: float, high: float) -> dict:
+        op = "self_attention" if N == Nk else "attention"
+        spread = {"p20": low, "median": median, "p80": high}
+        more = {"op": op, "dtype": dtype, "speedups": {"SDPA": {}, "auto": spread}}
+        return row((2, N, Nk, 16, 72), {"SDPA": 1.0, "auto": 1.0}, **more)
+
+    rows = [
+        one(1024, 1024, "float32", 0.95, 0.9986, 1.01),
+        one(64, 64, "float32", 0.91, 0.95, 0.99),
+        one(64, 64, "bfloat16", 0.97, 1.0, 1.03),
+        one(64, 16, "bfloat16", 0.97, 1.0, 1.03),
+        {**ABOUT, "op": "attention", "shape": [9], "not_measured": "1 s were over"},
+    ]
+    assert attention_cpu_table(tmp_path / "attention.jsonl") == "No run is recorded yet."
+    text = attention_cpu_table(write(tmp_path / "attention.jsonl", rows))
+    assert [line for line in text.splitlines() if line.startswith("| `")] == [
+        "| `self_attention`, 1024 tokens | 0.999 (0.95–1.01) | – |",
+        "| `self_attention`, 64 tokens | **0.950 (0.91–0.99)** | 1.000 (0.97–1.03) |",
+        "| `attention`, 64 queries, 16 keys | – | 1.000 (0.97–1.03) |",
+    ]
+    assert "Cases not measured: 1." in text
+
+
 def test_block_table_shows_time_and_memory(tmp_path, monkeypatch) -> None:
     monkeypatch.setattr("benchmarks.report.ROOT", tmp_path)
     memory = {"saved": 3 * 2**20, "peak": 5 * 2**20}
@@ -152,11 +238,11 @@ def test_block_table_shows_time_and_memory(tmp_path, monkeypatch) -> None:
 
 
 def test_only_marked_places_of_the_readme_change() -> None:
-    assert updated_readme("nothing is marked here") == "nothing is marked here"
+    assert updated("nothing is marked here") == "nothing is marked here"
     readme = "a\n<!-- gpu: begin -->\nold\n<!-- gpu: end -->\nb"
-    assert updated_readme(readme).startswith("a\n<!-- gpu: begin -->\n")
-    assert updated_readme(readme).endswith("\n<!-- gpu: end -->\nb")
-    assert "old" not in updated_readme(readme)
+    assert updated(readme).startswith("a\n<!-- gpu: begin -->\n")
+    assert updated(readme).endswith("\n<!-- gpu: end -->\nb")
+    assert "old" not in updated(readme)
 
 
 def test_plots_are_drawn_for_each_device(tmp_path) -> None:
@@ -165,9 +251,10 @@ def test_plots_are_drawn_for_each_device(tmp_path) -> None:
     write(tmp_path / "cpu" / "adaln.jsonl", [row((1, 4, 8), times), row(TINY, times), skipped])
     write(tmp_path / "cpu" / "quickstart.jsonl", [ABOUT])
     write(tmp_path / "sm_90-x" / "adaln.jsonl", gpu_rows())
+    write(tmp_path / "sm_90-x" / "attention.jsonl", [*attention_rows(), skipped])
     plot.main(["--results", str(tmp_path)])
     drawn = {file.name: file.read_bytes() for file in plot.IMAGES.iterdir()}
-    assert set(drawn) == {"adaln-cpu.png", "an_op-sm_90-x.png"}
+    assert set(drawn) == {"adaln-cpu.png", "an_op-sm_90-x.png", "attention-sm_90-x.png"}
     assert all(content.startswith(b"\x89PNG") for content in drawn.values())
 
 
@@ -187,3 +274,17 @@ def test_plots_hold_the_ratios_and_rates() -> None:
     (line,) = (line for line in panel.get_lines() if line.get_label() == "cuda")
     assert list(line.get_xdata()) == [1024, 32768]  # the narrow shape is left out
     assert list(line.get_ydata()) == [6.0, 2.0]
+
+
+def test_attention_s_plot_has_a_panel_for_each_head_and_pass() -> None:
+    panels = plot.throughputs(attention_rows()).axes
+    assert [panel.get_title() for panel in panels] == [
+        f"head_dim {d}, {which}"
+        for which in ("forward", "backward", "forward+backward")
+        for d in (72, 64)
+    ]
+    lines = {line.get_label(): line for line in panels[0].get_lines()}
+    assert list(lines["triton"].get_xdata()) == [1024, 4096]
+    assert list(lines["triton"].get_ydata()) == [4.0, 2.0]
+    assert list(lines["matmul"].get_ydata()) == [12.0, 12.0]
+    assert list(lines["SDPA cuDNN"].get_xdata()) == [4096]

@@ -193,50 +193,8 @@ def test_rotated_inputs_exceed_twice_the_cache(moved: int, cache: int) -> None:
     assert (count - 1) * moved <= max(2 * cache, cuda.REPLAY_BYTES)
 
 
-class Graph:
-    """Stands in for a CUDA graph: runs its work at every replay, as the GPU would."""
-
-    replays = 0
-
-    def pool(self) -> None: ...
-
-    def replay(self) -> None:
-        Graph.replays += 1
-
-
 @pytest.mark.parametrize("which", ["forward", "backward"])
-def test_gpu_timing_with_a_stand_in_for_the_gpu(monkeypatch, which: str) -> None:
-    class Event:
-        def __init__(self, enable_timing: bool) -> None: ...
-        def record(self) -> None: ...
-        def synchronize(self) -> None: ...
-        def elapsed_time(self, end) -> float:
-            return 6.0
-
-    class Stream:
-        def __enter__(self): ...
-        def __exit__(self, *error): ...
-        def wait_stream(self, other) -> None: ...
-
-    fake = {
-        "Stream": Stream,
-        "Event": Event,
-        "current_stream": Stream,
-        "stream": lambda stream: stream,
-        "synchronize": lambda: None,
-        "reset_peak_memory_stats": lambda: None,
-        "memory_allocated": lambda: 5,
-        "max_memory_allocated": lambda: 12,
-        "get_device_properties": lambda device: types.SimpleNamespace(L2_cache_size=2**10),
-    }
-    for name, stand_in in fake.items():
-        monkeypatch.setattr(torch.cuda, name, stand_in)
-    monkeypatch.setattr(cuda, "REPLAY_BYTES", 2**13)
-    monkeypatch.setattr(cuda, "gpu_state", lambda device: {"clocks.sm": "1 MHz"})
-    monkeypatch.setattr(cuda, "_captured", lambda work, *_: (Graph(), work()))
-    monkeypatch.setattr(cuda, "WARM_SECONDS", 0.0)
-    monkeypatch.setattr(Graph, "replays", 0)
-
+def test_gpu_timing_with_a_stand_in_for_the_gpu(fake_gpu, which: str) -> None:
     correct, _ = correct_providers(SMALL, SMALL.inputs(CPU))
     row = cuda.time_pass(SMALL, correct, which, CPU, 0.0)
     calls = cuda.input_sets(SMALL.bytes_moved(which), 2**10)
@@ -246,7 +204,7 @@ def test_gpu_timing_with_a_stand_in_for_the_gpu(monkeypatch, which: str) -> None
         assert timing["median"] == 6.0 / calls
         assert timing["calls"] == cuda.MIN_REPLAYS
     forwards = len(correct) if which == "backward" else 0  # each before its backward
-    assert Graph.replays == cuda.MIN_REPLAYS * (len(correct) + 1 + forwards)
+    assert fake_gpu.replays == cuda.MIN_REPLAYS * (len(correct) + 1 + forwards)
     assert row["gpu"]["after"] == {"clocks.sm": "1 MHz"}
     if which == "backward":
         assert row["peak_bytes"] == dict.fromkeys(correct, 7)
