@@ -14,7 +14,9 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
+from math import isqrt
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -64,6 +66,17 @@ def _bias_gelu(x: Tensor, bias: Tensor) -> Outputs:
     return (F.gelu(x + bias.to(x.dtype), approximate="tanh"),)
 
 
+def _compress_kv(kv: Tensor, weight: Tensor, bias: Tensor, *norm: Tensor) -> Outputs:
+    D, side = kv.shape[-1], isqrt(kv.shape[1])
+
+    def compressed(tokens: Tensor) -> Tensor:
+        image = tokens.transpose(1, 2).unflatten(2, (side, side))
+        windows = F.conv2d(image, weight, bias, stride=weight.shape[2], groups=D)
+        return F.layer_norm(windows.flatten(2).transpose(1, 2), (D,), *norm)
+
+    return (torch.stack([compressed(tokens) for tokens in kv.unbind(2)], dim=2),)
+
+
 # op -> its formula on the tensors that the registry gives it
 OFFICIAL: dict[str, Callable[..., Outputs]] = {
     "adaln_single": _adaln_single,
@@ -71,6 +84,7 @@ OFFICIAL: dict[str, Callable[..., Outputs]] = {
     "gated_residual_adaln": _gated_residual_adaln,
     "adaln_modulate": _adaln_modulate,
     "bias_gelu": _bias_gelu,
+    "compress_kv": _compress_kv,
 }
 
 

@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from benchmarks import attention, cross_attention, cuda, registry
+from benchmarks import attention, cross_attention, cuda, kv_compression, registry
 from benchmarks.environment import environment, folder, write
 from benchmarks.providers import call_of, correct_providers, in_short
 from benchmarks.registry import PASSES, TINY, Case
@@ -30,6 +30,7 @@ FAMILIES: dict[str, Callable[[str], Sequence[AnyCase]]] = {
     **registry.FAMILIES,
     **attention.FAMILIES,
     **cross_attention.FAMILIES,
+    **kv_compression.FAMILIES,
 }
 
 

@@ -49,4 +49,15 @@ STABLE_TORCH_LIBRARY(pixart_kernels, m) {
   // The MLP's bias and tanh-GELU. x and dy are (rows, D), bias (D,); dx has x's dtype.
   m.def("bias_gelu_fwd(Tensor x, Tensor bias) -> Tensor y");
   m.def("bias_gelu_bwd(Tensor dy, Tensor x, Tensor bias) -> (Tensor dx, Tensor dbias)");
+
+  // KV compression. kv is (B, height * width, 2, D), weight (D, 1, R, R), the vectors (D,); stats
+  // is (2, B, windows, 2): mean, then 1 / standard deviation, fp32.
+  m.def(
+      "compress_kv_fwd(Tensor kv, SymInt height, SymInt width, Tensor weight, Tensor bias,"
+      " Tensor norm_weight, Tensor norm_bias, float eps) -> (Tensor out, Tensor stats)");
+  // norm_bias is there for its dtype alone
+  m.def(
+      "compress_kv_bwd(Tensor dout, Tensor kv, SymInt height, SymInt width, Tensor weight,"
+      " Tensor bias, Tensor norm_weight, Tensor norm_bias, Tensor stats) -> (Tensor dkv,"
+      " Tensor dweight, Tensor dbias, Tensor dnorm_weight, Tensor dnorm_bias)");
 }

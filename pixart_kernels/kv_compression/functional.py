@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 from torch import Tensor
 
+from pixart_kernels import _extension, _triton
 from pixart_kernels._checks import check_floating, shape, wrong
 from pixart_kernels.dispatch import register, select
-from pixart_kernels.kv_compression import reference
+from pixart_kernels.kv_compression import autograd, native, reference  # noqa: F401  (fills KERNELS)
+
+if _triton.problem is None:
+    from pixart_kernels.kv_compression import triton  # noqa: F401  (fills KERNELS)
 
 
 def compress_kv(
@@ -54,8 +60,8 @@ def compress_kv(
         raise wrong(op, "kv", shape(kv), f"(B, N, 2, {D}) or (B, N, 2, H, d) with H*d = {D}")
     if kv.shape[1] != height * width:
         raise wrong(op, "kv", shape(kv), f"{height} x {width} = {height * width} tokens")
-    if weight.shape != (D, 1, ratio, ratio):
-        raise wrong(op, "weight", shape(weight), f"({D}, 1, {ratio}, {ratio})")
+    if D == 0 or weight.shape != (D, 1, ratio, ratio):
+        raise wrong(op, "weight", shape(weight), f"({D or 'D'}, 1, {ratio}, {ratio})")
     vectors = {"bias": bias, "norm_weight": norm_weight, "norm_bias": norm_bias}
     for name, vector in vectors.items():
         if vector.shape != (D,):
@@ -65,3 +71,7 @@ def compress_kv(
 
 
 register("compress_kv", "reference", reference.compress_kv)
+register(
+    "compress_kv", "native", partial(autograd.compress_kv, "native"), _extension.why_not_native
+)
+register("compress_kv", "triton", partial(autograd.compress_kv, "triton"), _triton.why_not_triton)

@@ -30,4 +30,5 @@ def compress_kv(
     tokens = F.conv2d(images, weight.to(dtype), bias.to(dtype), stride=ratio, groups=D)
     tokens = tokens.flatten(2).transpose(1, 2)
     tokens = F.layer_norm(tokens, (D,), norm_weight.to(dtype), norm_bias.to(dtype), EPS)
-    return tokens.unflatten(0, (B, 2)).transpose(1, 2).reshape(B, -1, 2, *rest).to(kv.dtype)
+    tokens = tokens.unflatten(0, (B, 2)).transpose(1, 2)
+    return tokens.reshape(B, tokens.shape[1], 2, *rest).to(kv.dtype)

@@ -61,3 +61,5 @@ def test_wrong_argument_is_named() -> None:
         pk.compress_kv(*args, ratio=5)
     with pytest.raises(ValueError, match="`weight`"):
         pk.compress_kv(*args, ratio=3)
+    with pytest.raises(ValueError, match="`weight` is .0, 1, 2, 2."):
+        pk.compress_kv(*arguments(1, 4, 4, 0, 2), ratio=2)
