@@ -9,6 +9,8 @@ COMMANDS = {
     "run": "time an op family",
     "tiles": "compare attention's tiles on a GPU",
     "block": "time a whole PixArt block with and without the ops",
+    "model": "time a whole model with and without the ops, and diffusers'",
+    "floor": "count what a block must compute and move, and what it does",
     "memory": "count what a block keeps for its backward",
     "quickstart": "run the quickstart over several seeds",
     "plot": "draw the results of an op family",

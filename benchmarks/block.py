@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache, partial
+from itertools import product
 from pathlib import Path
 
 import torch
@@ -118,19 +119,19 @@ def parts(grid: tuple[int, int], device: torch.device, dtype: torch.dtype) -> li
 
 
 @cache
-def _trusting(backend: str) -> dict:
+def _trusting(*backends: str) -> dict:
     proof = dispatch.Verification("", "")
     devices = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
     places = [dispatch.architecture(torch.device(device)) for device in devices]
-    return {(op, backend, where): proof for op in dispatch.ops() for where in places}
+    return dict.fromkeys(product(dispatch.ops(), backends, places), proof)
 
 
 @contextmanager
-def only(backend: str) -> Iterator[None]:
-    """``auto`` as it will choose once ``backend``, and no other, is verified."""
+def only(*backends: str) -> Iterator[None]:
+    """``auto`` as it will choose once ``backends``, and no others, are verified."""
     verified = dispatch.VERIFIED
-    # one dict per backend: torch.compile guards on it
-    dispatch.VERIFIED = _trusting(backend)
+    # one dict for each choice: torch.compile guards on it
+    dispatch.VERIFIED = _trusting(*backends)
     try:
         with pk.use_backend("auto"):
             yield

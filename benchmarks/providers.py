@@ -72,15 +72,20 @@ def in_short(error: Exception) -> str:
     return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
 
 
-def wrong(definition: Provider, run: Provider, tensors: list[Tensor]) -> str | None:
-    """What is wrong with ``run``'s outputs or gradients by the tests' error rule, or None."""
+def wrong(
+    definition: Provider, run: Provider, tensors: list[Tensor], terms: int | None = None
+) -> str | None:
+    """What is wrong with ``run``'s outputs or gradients by the tests' error rule, or None.
+
+    ``terms`` of the longest sum; None: over all rows, or over a row's elements.
+    """
     with torch.no_grad():
         outputs = definition(*tensors)
     out_grads = _random_like(outputs, torch.Generator(tensors[0].device).manual_seed(1))
     exact = _outputs_and_gradients(definition, leaves_of(tensors, torch.float64), out_grads)
     low = _outputs_and_gradients(definition, leaves_of(tensors), out_grads)
     width = tensors[0].shape[-1]
-    terms = max(tensors[0].numel() // width, width)
+    terms = terms or max(tensors[0].numel() // width, width)
     try:
         found = _outputs_and_gradients(run, leaves_of(tensors), out_grads)
         for actual, reference, eager in zip(found, exact, low, strict=True):

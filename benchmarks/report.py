@@ -8,7 +8,7 @@ import math
 from collections.abc import Callable
 from pathlib import Path
 
-from benchmarks import attention
+from benchmarks import attention, kv_compression
 from benchmarks.attention import PASSES, ROOF
 from benchmarks.cross_attention import MASKED
 from benchmarks.registry import FAMILIES, TINY
@@ -16,6 +16,8 @@ from benchmarks.rivals import EAGER_16BIT, baseline
 
 ROOT = Path(__file__).parents[1]
 RESULTS = "benchmarks/results"
+PAGES = ("README.md", "docs/floor.md", "docs/memory.md")
+STOCK = "diffusers"  # what whole models are compared with
 MMAPPED = 32 * 2**20  # bytes; above glibc's largest threshold
 LARGE_TOKENS = 32 * 1024  # from here on a GPU is full, and bandwidth all that counts
 
@@ -61,7 +63,8 @@ def _missing(rows: list[dict]) -> str:
     """What a table's ratios do not contain."""
     unmeasured = sum("not_measured" in row for row in rows)
     failed = [
-        f"{row.get('op', row.get('part'))} {_by(row['shape'])} {row['dtype']} ({row['failed']})"
+        f"{row.get('op') or row.get('part') or row['model']} {_by(row['shape'])} {row['dtype']} "
+        f"({row['failed']})"
         for row in rows
         if "failed" in row
     ]
@@ -76,6 +79,8 @@ def _missing(rows: list[dict]) -> str:
 
 def cpu_table(file: Path) -> str:
     """Ratios of the median wall time, lowest to highest over shapes."""
+    if not _has_timings(file):
+        return "No run is recorded yet."
     rows = _rows(file)
     measured = [row for row in rows if "timings" in row]
     usual = [row for row in measured if tuple(row["shape"]) != TINY]
@@ -342,11 +347,13 @@ def _has_timings(file: Path) -> bool:
 
 
 def gpu(results: Path) -> str:
+    families = (*FAMILIES, *kv_compression.FAMILIES)
     named = [
-        folder / f"{family}.jsonl" for folder in sorted(results.glob("sm_*")) for family in FAMILIES
+        folder / f"{family}.jsonl" for folder in sorted(results.glob("sm_*")) for family in families
     ]
     tables = [gpu_table(file) for file in named if file.exists()]
     tables += [attention_gpu_table(file) for file in attention_files(results)]
+    tables += [model(file) for file in sorted(results.glob("sm_*/model.jsonl"))]
     cross = sorted(results.glob("sm_*/cross_attention.jsonl"))
     tables += [cross_attention_table(file) for file in cross if _has_timings(file)]
     if not tables:
@@ -391,6 +398,51 @@ def block(file: Path) -> str:
         + f". {_link(file)}.{_missing(everything)}"
     )
     return "\n".join([*lines, "", caption])
+
+
+def model(file: Path) -> str:
+    """A whole model's time and memory: its own, and diffusers' with the same weights."""
+    if not _has_timings(file):
+        return "No run is recorded yet."
+    everything = _rows(file)
+    rows = [row for row in everything if "timings" in row]
+    names = list(dict.fromkeys(name for row in rows for name in row["timings"]))
+    lines = ["| whole model | " + " | ".join(names) + " |", "|---|" + "---|" * len(names)]
+    for row in rows:
+        batch, tokens, _ = row["shape"]
+        cells = [f"{row['model']}, {row['pass']}, {batch} × {tokens} tokens"]
+        for name in names:
+            if name not in row["timings"]:
+                cells.append("–")
+                continue
+            text = f"{row['timings'][name]['median']:.4g} ms"
+            if name in row["peak_bytes"]:
+                text += f", {row['peak_bytes'][name] / 2**20:.0f} MiB"
+            if name != STOCK and STOCK in row["timings"]:
+                ratio = row["speedups"][name]
+                text = f"{ratio['median']:.2f}× ({ratio['p20']:.2f}–{ratio['p80']:.2f}), {text}"
+                text = f"**{text}**" if ratio["median"] < 1 else text
+            cells.append(text)
+        lines.append(f"| {' | '.join(cells)} |")
+    one = rows[0]
+    disturbed = sum(not row["quiet"] for row in rows)
+    texts = "; ".join(
+        dict.fromkeys(f"{row['text']}, of which {_listed(row['lengths'])} are real" for row in rows)
+    )
+    caption = (
+        f"Times as fast as {STOCK}, turn by turn: median, and from the 20th to the 80th percentile "
+        "(bold: slower); milliseconds; MiB at the peak, weights and their gradients not counted. "
+        f"The same weights, outputs and gradients compared first. {one['device']}, {one['dtype']}, "
+        f"tokens of text {texts}; torch {one['torch']}, commit {one['commit']}"
+        + (f"; {disturbed} of {len(rows)} rows beside other work" if disturbed else "")
+        + f". {_link(file)}.{_missing(everything)}"
+    )
+    return "\n".join([*lines, "", caption])
+
+
+def _listed(values: list) -> str:
+    *rest, last = map(str, values)
+    return f"{', '.join(rest)} and {last}" if rest else last
 
 
 def quickstart(file: Path) -> str:
@@ -446,17 +498,83 @@ def memory(file: Path) -> str:
     )
 
 
+def floor_sites(file: Path) -> str:
+    """A block's sites at 1024px with the longest text: work and bytes of each."""
+    row = max((row for row in _rows(file) if row["pixels"] == 1024), key=lambda row: row["text"])
+    keys = ("flops", "bytes", "backward_flops", "backward_bytes")
+    lines = [
+        "| site | forward, GFLOP | MB | FLOP/B | backward, GFLOP | MB | FLOP/B |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    total = {"name": "all", **{key: sum(site[key] for site in row["sites"]) for key in keys}}
+    for site in (*row["sites"], total):
+        cells = [site["name"]]
+        for flops, moved in ((site[keys[0]], site[keys[1]]), (site[keys[2]], site[keys[3]])):
+            intensity = f"{flops / moved:.0f}" if flops else "–"
+            cells += [f"{flops / 1e9:.1f}" if flops else "–", f"{moved / 1e6:.1f}", intensity]
+        lines.append(f"| {' | '.join(cells)} |")
+    wide = row["float32_residual"]
+    caption = (
+        f"One picture of 1024px, {row['tokens']} tokens, {row['text']} tokens of text. With a "
+        f"float32 residual stream, all: {wide['bytes'] / 1e6:.1f} MB forward, "
+        f"{wide['backward_bytes'] / 1e6:.1f} MB backward."
+    )
+    return "\n".join([*lines, "", caption])
+
+
+def floor_counts(file: Path) -> str:
+    """What each model dispatches for a block, as multiples of the floor's bytes."""
+    rows = _rows(file)
+    models = list(rows[0]["counted"])
+    lines = [
+        "| picture, text | a model's forward, TFLOP | "
+        + " | ".join(
+            f"{name}: GFLOP, MB | {' | '.join(models)}"
+            for name in ("block forward", "and backward")
+        )
+        + " |",
+        "|---|---|" + "---|" * (2 + 2 * len(models)),
+    ]
+    differ = set()
+    for row in rows:
+        cells = [f"{row['pixels']}px, {row['text']}", f"{row['model_flops'] / 1e12:.2f}"]
+        flops = moved = 0
+        for prefix, name in (("", "forward"), ("backward_", "step")):
+            flops += sum(site[f"{prefix}flops"] for site in row["sites"])
+            moved += sum(site[f"{prefix}bytes"] for site in row["sites"])
+            cells.append(f"{flops / 1e9:.1f}, {moved / 1e6:.0f}")
+            for which in models:
+                found = row["counted"][which][name]
+                cells.append(f"{found['bytes'] / moved:.2f}×")
+                if found["flops"] != flops:
+                    differ.add(which)
+        lines.append(f"| {' | '.join(cells)} |")
+    one = rows[0]
+    flops = "The FLOPs that were counted are the floor's in every case"
+    if differ:
+        flops = f"Counted other FLOPs: {', '.join(sorted(differ))}"
+    caption = (
+        f"{flops}. Torch {one['torch']}, commit {one['commit']}, "
+        f"[{file.name}](../{file.relative_to(ROOT)})."
+    )
+    return "\n".join([*lines, "", caption])
+
+
 # marker in a page -> its text; what has no marker there is not written
 BLOCKS: dict[str, Callable[[Path], str]] = {
     "adaln": lambda results: cpu_table(results / "cpu" / "adaln.jsonl"),
     "mlp": lambda results: cpu_table(results / "cpu" / "mlp.jsonl"),
     "attention": lambda results: attention_cpu_table(results / "cpu" / "attention.jsonl"),
+    "kv_compression": lambda results: cpu_table(results / "cpu" / "kv_compression.jsonl"),
     "cross_attention": lambda results: cross_attention_table(
         results / "cpu" / "cross_attention.jsonl"
     ),
     "block": lambda results: block(results / "cpu" / "block.jsonl"),
+    "floor-counts": lambda results: floor_counts(results / "cpu" / "floor.jsonl"),
+    "floor-sites": lambda results: floor_sites(results / "cpu" / "floor.jsonl"),
     "gpu": lambda results: gpu(results),
     "memory": lambda results: memory(results / "cpu" / "memory.jsonl"),
+    "model": lambda results: model(results / "cpu" / "model.jsonl"),
     "quickstart": lambda results: quickstart(results / "cpu" / "quickstart.jsonl"),
 }
 
@@ -475,5 +593,5 @@ def updated(page: str) -> str:
 def main(argv: list[str]) -> None:
     description = (__doc__ or "").splitlines()[0]
     argparse.ArgumentParser("python -m benchmarks report", description=description).parse_args(argv)
-    for path in (ROOT / "README.md", ROOT / "docs" / "memory.md"):
+    for path in (ROOT / name for name in PAGES):
         path.write_text(updated(path.read_text()))

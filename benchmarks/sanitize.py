@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 import pixart_kernels as pk
+from benchmarks import kv_compression
 from benchmarks.providers import leaves_of
 from benchmarks.registry import BF16, FAMILIES, FP32, MIXED, Case, Outputs
 from pixart_kernels import dispatch
@@ -71,6 +72,9 @@ def calls(device: torch.device) -> Iterator[Call]:
             q = torch.randn(B, N, HEADS, HEAD_DIM, dtype=dtype, device=device)
             kv = torch.randn(B, L, 2, HEADS, HEAD_DIM, dtype=dtype, device=device)
             yield _cross_attention(q, kv)
+    for side in (2, 5):
+        case = Case(kv_compression.OP, (2, side, side, 1152), BF16)
+        yield Call("compress_kv", {}, kv_compression.OP.call, case.inputs(device))
 
 
 def main() -> None:

@@ -56,7 +56,9 @@ def _triton_tile(kernel: str, tile: config.Tile) -> Iterator[None]:
 
 def _triton_tiles(kernel: str) -> Tiles:
     every = [
-        config.Tile(*numbers) for numbers in product((64, 128), (32, 64, 128), (4, 8), (2, 3, 4))
+        # most likely ones first: what time is left for the rest is not known
+        config.Tile(*numbers)
+        for numbers in product((128, 64), (64, 128, 32), (8, 4), (2, 3, 4))
     ]
     return {
         f"{t.rows}x{t.columns}, {t.num_warps} warps, {t.num_stages} stages": partial(
@@ -151,9 +153,10 @@ def table(rows: list[dict]) -> str:
     named = dict.fromkeys(name for row in rows for name in row["timings"])
 
     def gain(name: str) -> float:
-        return statistics.fmean(row["speedups"].get(name, 0.0) for row in rows)
+        return statistics.fmean(row["speedups"][name] for row in rows if name in row["speedups"])
 
-    order = sorted(named, key=gain, reverse=True)
+    compared = [name for name in named if any(name in row["speedups"] for row in rows)]
+    order = sorted(compared, key=gain, reverse=True)
     shown = [name for name in order if name in order[:SHOWN] or name == SHIPPED]
     lines = [f"{rows[0]['backend']} {rows[0]['kernel']}, TFLOP/s of the {rows[0]['pass']}"]
     lines.append(f"  {'':<28}" + "".join(f"{row['shape'][1]:>8}" for row in rows))

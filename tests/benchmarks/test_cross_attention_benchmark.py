@@ -9,7 +9,14 @@ import torch
 
 import pixart_kernels as pk
 from benchmarks import cross_attention, report
-from benchmarks.cross_attention import FAMILIES, MASKED, CrossCase, masked_sdpa, time_case
+from benchmarks.cross_attention import (
+    FAMILIES,
+    MASKED,
+    CrossCase,
+    bias_of,
+    masked_sdpa,
+    time_case,
+)
 from benchmarks.timing import Measurement, Timing
 from pixart_kernels import dispatch
 
@@ -20,7 +27,8 @@ CASE = CrossCase(N=5, L=4, lengths=(4, 1), dtype=torch.float32)
 def test_masked_sdpa_is_the_same_attention() -> None:
     q, kv = CASE.inputs(CPU)
     lengths = torch.tensor(CASE.lengths, dtype=torch.int32)
-    torch.testing.assert_close(masked_sdpa(q, kv, lengths), pk.cross_attention(q, kv, lengths))
+    bias = bias_of(kv.shape[1], lengths, q.dtype)
+    torch.testing.assert_close(masked_sdpa(q, kv, bias), pk.cross_attention(q, kv, lengths))
 
 
 def test_bytes_are_those_of_the_tensors_involved() -> None:
@@ -52,7 +60,7 @@ def test_a_wrong_provider_is_named_and_not_timed(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(torch, "compile", lambda function, **_: function)
     monkeypatch.setattr(dispatch, "PRIORITY", ("native", "reference"))
     monkeypatch.setattr(cross_attention, "measure", _called_once)
-    monkeypatch.setattr(cross_attention, "masked_sdpa", lambda q, kv, kv_lengths: q + 1)
+    monkeypatch.setattr(cross_attention, "masked_sdpa", lambda q, kv, bias: q + 1)
     forward, both = time_case(CASE, CPU, seconds=0)
     for row in (forward, both):
         assert list(row["timings"]) == ["eager", "torch.compile", "native"]

@@ -10,6 +10,7 @@ from benchmarks import plot
 from benchmarks.registry import TINY
 from benchmarks.report import (
     MMAPPED,
+    PAGES,
     ROOT,
     attention_cpu_table,
     block,
@@ -43,7 +44,7 @@ def write(file, rows: list[dict]):
     return file
 
 
-@pytest.mark.parametrize("name", ["README.md", "docs/memory.md"])
+@pytest.mark.parametrize("name", PAGES)
 def test_pages_are_up_to_date(name: str) -> None:
     page = (ROOT / name).read_text()
     assert updated(page) == page, "run: python -m benchmarks report"
