@@ -10,7 +10,7 @@ BIN := $(VENV)/bin
 # no model or data set is ever looked up online; oneDNN and BLAS pick their own threads
 export HF_HUB_OFFLINE = 1
 
-.PHONY: demo test lint types unit end-to-end install clean
+.PHONY: demo test lint types unit end-to-end diffusers-tests install clean
 
 demo: install
 	$(BIN)/pixart quickstart --output runs/quickstart
@@ -48,6 +48,21 @@ end-to-end: install
 	$(BIN)/pixart quickstart --output runs/end-to-end --vae-steps 20 --steps 20
 	$(BIN)/pixart generate runs/end-to-end/model/pipeline "a red gem" --output runs/end-to-end/drawn
 	$(BIN)/pixart doctor
+
+# diffusers' own PixArt tests, unmodified, with every model patched as it is made; fetches nothing.
+# DIFFUSERS is a checkout of theirs, whose source is what is patched. Their pipelines' tests need
+# parameterized and requests_mock, and in the hub's cache hf-internal-testing/tiny-random-t5.
+DIFFUSERS_TESTS = tests/models/transformers/test_models_pixart_transformer2d.py \
+	tests/pipelines/pixart_alpha tests/pipelines/pixart_sigma \
+	tests/pipelines/pag/test_pag_pixart_sigma.py
+
+diffusers-tests: install
+	@if [ ! -d "$(DIFFUSERS)/tests/pipelines" ]; then \
+		echo "skipped: make diffusers-tests DIFFUSERS=/path/to/a/diffusers/checkout"; \
+	else \
+		cd "$(DIFFUSERS)" && PYTHONPATH=src:$(CURDIR)/tests/pixart_kernels/integrations \
+			$(CURDIR)/$(BIN)/pytest -q -p patch_every_model $(DIFFUSERS_TESTS); \
+	fi
 
 clean:
 	rm -rf build *.egg-info pixart_kernels/*.so pixart_kernels/_build_info.json \

@@ -68,6 +68,7 @@ class Mlp(nn.Module):
         with recomputing() as again:
             y = gelu()
             again(gelu, y)
+            del gelu  # and its input, where there is no backward
             return self.fc2(y)
 
     def _fuses(self, x: Tensor) -> bool:
@@ -253,6 +254,8 @@ class Block(nn.Module):
         with recomputing() as again:
             x, h = enter()
             entered = again(enter, x, h)
+            # nobody holds their tensors any longer, where there is no backward
+            del enter, pending
             attn = self.attn(h, grid)
             inputs = (x, attn, text, text_lengths, modulation)
             if selective:

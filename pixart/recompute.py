@@ -13,27 +13,34 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
+import pixart_kernels as pk
+
 Make = Callable[..., Tensor | tuple[Tensor, ...]]
 
 
 class Recipe:
     """Makes tensors again, once for all that ask in one backward."""
 
-    def __init__(self, make: Make, source: Recipe | None) -> None:
+    def __init__(self, make: Make, tensors: tuple[Tensor, ...], source: Recipe | None) -> None:
         self.make, self.source = make, source
+        self.strides = [tensor.stride() for tensor in tensors]
+        # another backend rounds, and lays its results out, in its own way
+        self.backend = pk.current_backend()
         self.users = self.waiting = 0
         self.made: tuple[Tensor, ...] | None = None
         if source is not None:
             source.users += 1
 
     def __call__(self) -> tuple[Tensor, ...]:
-        if self.made is None:
-            sources = () if self.source is None else self.source()
-            with torch.no_grad():
-                made = self.make(*sources)
-            self.made = made if isinstance(made, tuple) else (made,)
-            self.waiting = self.users
         made = self.made
+        if made is None:
+            sources = () if self.source is None else self.source()
+            with torch.no_grad(), pk.use_backend(self.backend):
+                result = self.make(*sources)
+            made = result if isinstance(result, tuple) else (result,)
+            if [tensor.stride() for tensor in made] != self.strides:
+                raise RuntimeError("a tensor was made again with other strides than before")
+            self.made, self.waiting = made, self.users
         self.waiting -= 1
         if self.waiting <= 0:
             self.made = None
@@ -46,6 +53,8 @@ class _Saved:
     def __init__(self, tensor: Tensor) -> None:
         # an alias, because an output that holds itself would never be freed
         self.tensor: Tensor | None = tensor.detach()
+        # autograd compares versions of what it holds itself, not of what hooks hold
+        self.version = tensor._version
         self.recipe: tuple[Recipe, int] | None = None
 
     def forget(self, recipe: Recipe, index: int) -> None:
@@ -55,11 +64,16 @@ class _Saved:
         recipe.users += 1
 
     def unpack(self) -> Tensor:
-        if self.recipe is None:
-            assert self.tensor is not None
-            return self.tensor
-        recipe, index = self.recipe
-        return recipe()[index].as_strided(*self.layout)
+        if self.recipe is not None:
+            recipe, index = self.recipe
+            return recipe()[index].as_strided(*self.layout)
+        assert self.tensor is not None
+        if self.tensor._version != self.version:
+            raise RuntimeError(
+                f"a tensor of shape {tuple(self.tensor.shape)}, which the backward needs, was "
+                "modified in place after the forward"
+            )
+        return self.tensor
 
 
 Again = Callable[..., Recipe | None]
@@ -81,17 +95,17 @@ def recomputing() -> Iterator[Again]:
         yield lambda make, *tensors, source=None: None
         return
     saved: list[_Saved] = []
-    # with the tensor itself, so that until the end no other takes its address
-    recipes: dict[int, tuple[Recipe, int, Tensor]] = {}
+    # with the tensor itself, so that until the end no other takes its address, and its version
+    recipes: dict[int, tuple[Recipe, int, Tensor, int]] = {}
 
     def pack(tensor: Tensor) -> _Saved:
         saved.append(_Saved(tensor))
         return saved[-1]
 
     def again(make: Make, *tensors: Tensor, source: Recipe | None = None) -> Recipe:
-        recipe = Recipe(make, source)
+        recipe = Recipe(make, tensors, source)
         for index, tensor in enumerate(tensors):
-            recipes[_address(tensor)] = recipe, index, tensor
+            recipes[_address(tensor)] = recipe, index, tensor, tensor._version
         return recipe
 
     with saved_tensors_hooks(pack, _Saved.unpack):
@@ -99,8 +113,10 @@ def recomputing() -> Iterator[Again]:
     for entry in saved:
         assert entry.tensor is not None
         if found := recipes.get(_address(entry.tensor)):
-            recipe, index, _ = found
-            entry.forget(recipe, index)
+            recipe, index, tensor, version = found
+            # what somebody's hook changed in place, `make` would not return
+            if tensor._version == version:
+                entry.forget(recipe, index)
     # the hooks live on in the graph, and `again` wherever it went
     saved.clear()
     recipes.clear()

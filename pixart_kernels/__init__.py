@@ -3,6 +3,8 @@
 # above the imports, because the extension is checked against it while they run
 __version__ = "0.1.0"
 
+from typing import TYPE_CHECKING, Any
+
 from pixart_kernels import reference
 from pixart_kernels.adaln import (
     adaln_modulate,
@@ -12,9 +14,12 @@ from pixart_kernels.adaln import (
 )
 from pixart_kernels.attention import attention, cross_attention, self_attention
 from pixart_kernels.dispatch import chosen as chosen_backend
-from pixart_kernels.dispatch import use_backend
+from pixart_kernels.dispatch import current_backend, use_backend
 from pixart_kernels.kv_compression import compress_kv
 from pixart_kernels.mlp import bias_gelu
+
+if TYPE_CHECKING:
+    from pixart_kernels.integrations.diffusers import patch, unpatch
 
 __all__ = [
     "adaln_modulate",
@@ -24,9 +29,21 @@ __all__ = [
     "chosen_backend",
     "compress_kv",
     "cross_attention",
+    "current_backend",
     "gated_residual",
     "gated_residual_adaln",
+    "patch",
     "reference",
     "self_attention",
+    "unpatch",
     "use_backend",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    # diffusers takes seconds to import, and nothing else here needs it
+    if name in ("patch", "unpatch"):
+        from pixart_kernels.integrations import diffusers
+
+        return getattr(diffusers, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

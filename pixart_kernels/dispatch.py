@@ -105,6 +105,11 @@ def use_backend(backend: str) -> Iterator[None]:
         _backend = previous
 
 
+def current_backend() -> str:
+    """What :func:`use_backend` chose last: the backend of ops that are given none."""
+    return _backend
+
+
 def why_not(op: str, backend: str, x: Tensor, **facts: int | None) -> str | None:
     """Why ``backend`` cannot run ``op`` on ``x``, or None when it can."""
     implementation = _implementations[op].get(backend)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 
+import pixart_kernels as pk
 from pixart.model import PixArt, Text, Time
 
 Forward = Callable[[Tensor, Time, Text], Tensor]
@@ -100,58 +102,77 @@ class Cached:
 class CudaGraphs:
     """Replays a model's forward from CUDA graphs, one for each shape of latents and text.
 
-    A graph reads inputs from buffers of its own; the text's are filled once per prompt. Weights
-    may change in place; when they moved, graphs are captured anew at the next prompt. Not for
-    several threads at once.
+    Graphs read inputs from buffers of their own; those of the text, which all graphs share, are
+    filled once per prompt. Weights may change in place; when they moved, graphs are captured anew
+    at the next prompt. What else a forward depends on, such as hooks and autocast, must stay as it
+    was. Not for several threads at once.
     """
 
     def __init__(self, model: PixArt) -> None:
         self.model = model
         self._graphs: dict[tuple, _Graph] = {}
+        self._texts: dict[torch.Size, Text] = {}  # by shape of a block's keys and values
         self._text: Text | None = None
         self._weights: list[int] = []
+        self._pool: Any = None
 
+    # buffers outlive a caller's inference mode, whose tensors nobody else may write to
+    @torch.inference_mode(False)
     @torch.no_grad()
     def __call__(self, latents: Tensor, time: Time, text: Text) -> Tensor:
-        if text is not self._text:
-            weights = [parameter.data_ptr() for parameter in self.model.parameters()]
-            if weights != self._weights:
-                self._graphs.clear()
-            self._text, self._weights = text, weights
-        key = latents.shape, latents.dtype, text.of_blocks[0].shape
-        if key not in self._graphs:
-            self._graphs[key] = _Graph(self.model, latents, time, text)
-        return self._graphs[key](latents, time, text)
+        with torch.cuda.device_of(latents):
+            if text is not self._text:
+                self._take(text)
+            of_text = text.of_blocks[0].shape
+            key = latents.shape, latents.dtype, of_text, pk.current_backend()
+            if key not in self._graphs:
+                if latents.is_cuda and self._pool is None:
+                    self._pool = torch.cuda.graph_pool_handle()
+                inputs = latents, time, self._texts[of_text]
+                self._graphs[key] = _Graph(self.model, *inputs, self._pool)
+            return self._graphs[key](latents, time)
+
+    def _take(self, text: Text) -> None:
+        weights = [parameter.data_ptr() for parameter in self.model.parameters()]
+        if weights != self._weights:
+            self._graphs.clear()
+            self._texts.clear()
+        self._text, self._weights = text, weights
+        buffers = self._texts.get(text.of_blocks[0].shape)
+        if buffers is None:
+            blocks = [keys_values.clone() for keys_values in text.of_blocks]
+            self._texts[blocks[0].shape] = Text(blocks, text.lengths_B.clone())
+        else:
+            torch._foreach_copy_(list(buffers.of_blocks), list(text.of_blocks))
+            buffers.lengths_B.copy_(text.lengths_B)
 
 
 class _Graph:
-    def __init__(self, model: PixArt, latents: Tensor, time: Time, text: Text) -> None:
+    def __init__(self, model: PixArt, latents: Tensor, time: Time, text: Text, pool: Any) -> None:
         self.latents = latents.clone()
         self.time = Time(time.t_BD.clone(), None if time.t0 is None else time.t0.clone())
-        self.text = Text([kv.clone() for kv in text.of_blocks], text.lengths_B.clone())
-        self.text_from = text
         # the graph reads them, and the model keeps them for a limited number of grids
         p = model.config.patch_size
         grid = (latents.shape[2] // p, latents.shape[3] // p)
         self.positions = model.position_embedding(grid, latents.device)
-        self.replay, self.output = capture(lambda: model(self.latents, self.time, self.text))
+        self.replay, self.output = capture(lambda: model(self.latents, self.time, text), pool)
 
-    def __call__(self, latents: Tensor, time: Time, text: Text) -> Tensor:
+    def __call__(self, latents: Tensor, time: Time) -> Tensor:
         self.latents.copy_(latents)
         self.time.t_BD.copy_(time.t_BD)
         if self.time.t0 is not None and time.t0 is not None:
             self.time.t0.copy_(time.t0)
-        if text is not self.text_from:
-            torch._foreach_copy_(list(self.text.of_blocks), list(text.of_blocks))
-            self.text.lengths_B.copy_(text.lengths_B)
-            self.text_from = text
         self.replay()
-        # the next replay writes there again
+        # the next replay writes there again, and in shared memory the next graph's
         return self.output.clone()
 
 
-def capture(run: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
-    """``run`` as a CUDA graph: what replays it, and the tensor that a replay fills."""
+def capture(run: Callable[[], Tensor], pool: Any = None) -> tuple[Callable[[], None], Tensor]:
+    """``run`` as a CUDA graph: what replays it, and the tensor that a replay fills.
+
+    Graphs of one ``pool`` (``torch.cuda.graph_pool_handle``) share their memory, so that a replay
+    may overwrite another's output.
+    """
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -160,6 +181,6 @@ def capture(run: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
             run()
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with torch.cuda.graph(graph, pool=pool):
         output = run()
     return graph.replay, output

@@ -9,6 +9,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.checkpoint import checkpoint
 
+import pixart_kernels as pk
 from pixart.recompute import recomputing
 
 
@@ -150,3 +151,39 @@ def test_checkpoints_keep_what_they_kept() -> None:
     checkpoint(region, x, use_reentrant=False).sum().backward()
     assert len(made) == 2 and made[0].expired()
     torch.testing.assert_close(weight.grad, torch.autograd.grad(region(x).sum(), weight)[0])
+
+
+def test_what_was_edited_in_place_before_it_is_saved_is_kept() -> None:
+    x, weight = torch.randn(4, 3), torch.randn(3, 3, requires_grad=True)
+    with recomputing() as again:
+        h = x * 2
+        again(lambda: x * 2, h)
+        loss = (h.mul_(3) @ weight).sum()
+    (found,) = torch.autograd.grad(loss, weight)
+    torch.testing.assert_close(found, (x * 6).sum(0)[:, None].expand(3, 3))
+
+
+def test_an_edit_after_the_forward_is_noticed() -> None:
+    x, weight = torch.randn(4, 3), torch.randn(3, 3, requires_grad=True)
+    with recomputing():
+        loss = (x @ weight).sum()
+    x.mul_(2)
+    with pytest.raises(RuntimeError, match=r"\(4, 3\).*modified in place"):
+        loss.backward()
+
+
+def test_made_again_by_the_backend_that_made_it() -> None:
+    x, weight, seen = torch.randn(4, 3), torch.randn(3, 3, requires_grad=True), []
+
+    def make() -> Tensor:
+        seen.append(pk.current_backend())
+        return x * 2
+
+    with recomputing() as again, pk.use_backend("reference"):
+        h = make()
+        again(make, h)
+        loss = (h @ weight).sum()
+    with pk.use_backend("auto"):
+        loss.backward()
+        assert pk.current_backend() == "auto"
+    assert seen == ["reference", "reference"]

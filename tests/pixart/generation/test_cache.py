@@ -120,7 +120,7 @@ class Captures:
 
     count = 0
 
-    def __call__(self, run: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
+    def __call__(self, run: Callable[[], Tensor], pool: object) -> tuple[Callable, Tensor]:
         self.count += 1
         output = run()
         return lambda: output.copy_(run()), output
@@ -148,6 +148,31 @@ def test_graphs_read_what_each_call_brings(monkeypatch: pytest.MonkeyPatch) -> N
     found = cached(latents, TIMESTEPS[:1].expand(3), **prompt)
     assert captures.count == 3
     assert torch.equal(found, model(latents, TIMESTEPS[:1].expand(3), **prompt))
+
+
+def test_graphs_made_in_inference_mode_serve_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cache, "capture", Captures())
+    model, latents, prompt = randomized(PLAIN), torch.randn(3, 4, 4, 4), conditions(PLAIN)
+    graphs = CudaGraphs(model)
+    t = TIMESTEPS[:1].expand(3)
+    with torch.inference_mode():
+        expected = Cached(model, graphs)(latents, t, **prompt)
+    with torch.no_grad():
+        assert torch.equal(Cached(model, graphs)(latents, t, **prompt), expected)
+
+
+@torch.no_grad()
+def test_graphs_share_the_text(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cache, "capture", Captures())
+    model, t = randomized(PLAIN), TIMESTEPS[:1].expand(3)
+    graphs = CudaGraphs(model)
+    cached = Cached(model, graphs)
+    for seed in (1, 2):
+        prompt = conditions(PLAIN, seed=seed)
+        for size in ((4, 4), (4, 6)):
+            latents = torch.randn(3, 4, *size)
+            assert torch.equal(cached(latents, t, **prompt), model(latents, t, **prompt))
+    assert len(graphs._graphs) == 2 and len(graphs._texts) == 1
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

@@ -1,0 +1,1 @@
+"""The ops inside models that other libraries define."""
