@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import sys
+import warnings
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
@@ -89,11 +89,26 @@ def encode(recipe: Recipe, overrides: Overrides = None, device: Device = None) -
 @app.command()
 def generate(
     model: Annotated[Path, typer.Argument(help="folder that `pixart train` or diffusers wrote")],
-    prompts: Annotated[list[str], typer.Argument(help="one picture is drawn for each")],
+    prompts: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="PROMPT...", help="one picture is drawn for each"),
+    ] = None,
+    prompts_file: Annotated[
+        Path | None,
+        typer.Option(
+            "--prompts",
+            metavar="FILE",
+            help="more of them, one a line; in a .jsonl file each line is an object: prompt, "
+            "negative_prompt, height, width, aspect_ratio, seed, steps, guidance_scale",
+        ),
+    ] = None,
     output: Annotated[Path, typer.Option("--output", "-o", help="folder for the PNGs")] = Path(
         "pictures"
     ),
     negative_prompt: Annotated[str, typer.Option(help="what to steer away from")] = "",
+    aspect_ratio: Annotated[
+        str | None, typer.Option(help="width:height, as 16:9: the nearest of the papers' sizes")
+    ] = None,
     height: Annotated[int | None, typer.Option(help="pixels; default: as trained")] = None,
     width: Annotated[int | None, typer.Option(help="pixels; default: as trained")] = None,
     steps: Annotated[int, typer.Option(help="steps of the sampler")] = 20,
@@ -106,49 +121,85 @@ def generate(
     guidance_mask: Annotated[
         str, typer.Option(help="official, or diffusers: how the empty prompt is attended")
     ] = "official",
+    image: Annotated[
+        Path | None, typer.Option(help="begin with it; its size unless one is given")
+    ] = None,
+    mask: Annotated[
+        Path | None, typer.Option(help="white where the image is drawn anew; black pixels stay")
+    ] = None,
+    strength: Annotated[
+        float | None,
+        typer.Option(help="how much of the image goes, to 1; default: 0.6, with a mask 1"),
+    ] = None,
     seed: Annotated[int, typer.Option(help="of the first picture; each next one adds 1")] = 0,
+    batch_size: Annotated[int, typer.Option(min=1, help="pictures drawn together")] = 8,
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16")] = "float32",
     device: Device = None,
+    cuda_graphs: Annotated[
+        bool, typer.Option("--cuda-graphs", help="replay the model from a CUDA graph for each size")
+    ] = False,
 ) -> None:
-    """Draw prompts with a trained model. Each PNG carries its recipe in its metadata."""
+    """Draw prompts with a trained model.
+
+    Each PNG carries its recipe in its metadata. Run it again after an interruption, and only what
+    is missing is drawn.
+    """
     import torch
-    from PIL.PngImagePlugin import PngInfo
-    from rich.progress import Progress
+    from rich.progress import MofNCompleteColumn, Progress
 
     from pixart.files import write_atomically
-    from pixart.generation import PixArtPipeline
+    from pixart.generation import PixArtPipeline, pictures
 
     if dtype not in ("float32", "bfloat16", "float16"):
         raise ValueError(f"--dtype is {dtype!r}; accepted: float32, bfloat16, float16")
+    if image is None and (mask is not None or strength is not None):
+        raise ValueError("--mask and --strength need --image")
+    requests = [pictures.Request(prompt=prompt) for prompt in prompts or ()]
+    if prompts_file is not None:
+        requests += pictures.read_requests(prompts_file)
+    if not requests:
+        raise ValueError("no prompt is given: write some behind the model, or --prompts FILE")
+    place = _device(device)
+    if cuda_graphs and place.type != "cuda":
+        raise ValueError(f"--cuda-graphs needs a GPU, and the pictures are drawn on {place}")
+    note, source = {"model": str(model)}, None
+    if image is not None:
+        source = pictures.Source.open(image, mask, strength)
+        note["image_file"] = str(image)
+        if aspect_ratio is None:
+            width, height = width or source.image.width, height or source.image.height
     pipeline = PixArtPipeline.from_pretrained(
-        model, dtype=getattr(torch, dtype), device=_device(device)
+        model, dtype=getattr(torch, dtype), device=place, cuda_graphs=cuda_graphs
     )
-    settings: dict[str, Any] = {
-        "height": height,
-        "width": width,
-        "steps": steps,
-        "sampler": sampler,
-        "guidance_scale": pipeline.guidance_scale if guidance_scale is None else guidance_scale,
-        "guidance_mask": guidance_mask,
-    }
-    with Progress() as progress:
-        bar = progress.add_task("drawing", total=None)
-        images = pipeline(
-            pipeline.encode(prompts, negative_prompt),
-            seed=seed,
+    todo = pictures.resolve(
+        requests,
+        pipeline,
+        seed=seed,
+        height=height,
+        width=width,
+        aspect_ratio=aspect_ratio,
+        negative_prompt=negative_prompt,
+        steps=steps,
+        sampler=sampler,
+        guidance_scale=guidance_scale,
+        guidance_mask=guidance_mask,
+    )
+    with Progress(*Progress.get_default_columns(), MofNCompleteColumn()) as progress:
+        bar = progress.add_task("drawing", total=len(todo))
+        paths = pictures.draw(
+            pipeline,
+            todo,
+            output,
+            source=source,
+            batch_size=batch_size,
+            note=note,
             callback=lambda done, total: progress.update(bar, completed=done, total=total),
-            **settings,
         )
-    for i, (prompt, image) in enumerate(zip(prompts, images, strict=True)):
-        recipe = {"prompt": prompt, "negative_prompt": negative_prompt, "seed": seed + i}
-        info = PngInfo()
-        info.add_itxt("pixart", json.dumps({**recipe, **settings, "model": str(model)}))
-        words = "".join(c if c.isalnum() else "-" for c in prompt.lower())
-        # file systems count bytes
-        words = words.encode()[:80].decode(errors="ignore").strip("-")
-        path = output / f"{words or 'picture'}-{seed + i}.png"
-        write_atomically(path, partial(image.save, format="PNG", pnginfo=info))
-        print(path)
+    print(*paths, sep="\n")
+    if len(paths) > 1:
+        sheet = pictures.sheet_of(paths, [picture.prompt for picture in todo])
+        write_atomically(output / "contact-sheet.png", partial(sheet.save, format="PNG"))
+        print(output / "contact-sheet.png")
 
 
 @app.command()
@@ -219,6 +270,8 @@ def main() -> None:
     # its bars for each loaded file would break ours
     disable_progress_bar()
     logging.basicConfig(format="%(message)s")
+    # theirs is a line of our code
+    warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"
     logging.getLogger("pixart").setLevel(logging.INFO)
     try:
         app()

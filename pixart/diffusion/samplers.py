@@ -25,6 +25,7 @@ class LearnedRangeSampler:
     """
 
     init_noise_sigma = 1.0
+    order = 1
 
     def __init__(self, schedule: NoiseSchedule) -> None:
         self.schedule = schedule
@@ -32,6 +33,13 @@ class LearnedRangeSampler:
     def set_timesteps(self, steps: int, device: torch.device | str = "cpu") -> None:
         self.timesteps = torch.arange(steps - 1, -1, -1, device=device)
         self._steps_left = steps
+
+    def set_begin_index(self, begin: int) -> None:
+        self._steps_left = len(self.timesteps) - begin
+
+    def add_noise(self, original_samples: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        t = timesteps.expand(len(original_samples))
+        return self.schedule.add_noise(original_samples, noise, t)
 
     def scale_model_input(self, sample: Tensor, timestep: Tensor) -> Tensor:
         return sample
@@ -136,6 +144,9 @@ SAMPLERS: dict[str, Solver] = {
     "iddpm": _every_step(LearnedRangeSampler),
 }
 
+# its multistep formula is for a run whose first timestep comes twice
+STARTS_FROM_NOISE_ALONE = ("pndm",)
+
 
 @torch.no_grad()
 def sample(
@@ -153,11 +164,14 @@ def sample(
     generators: Sequence[torch.Generator] | None = None,
     image_size: Tensor | None = None,
     aspect_ratio: Tensor | None = None,
+    start: Tensor | None = None,
+    strength: float = 1.0,
+    mask: Tensor | None = None,
     schedule: NoiseSchedule | None = None,
     callback: Callable[[int, int, Tensor], None] | None = None,
     prepare: Callable[[Tensor], None] | None = None,
 ) -> Tensor:
-    """Turn noise into latents.
+    """Turn noise into latents, or latents into others.
 
     The model sees latents in the dtype of ``noise`` and float32 timesteps (B,) in [0, T), not
     always whole numbers; the solver's state is float32 throughout.
@@ -171,6 +185,10 @@ def sample(
         generators: B generators, on the CPU or the device of ``noise``: stochastic samplers draw
             each sample's noise from its own, so that a picture does not depend on its batch.
             None draws from the global one.
+        start: (B, C, H, W) clean latents to begin with, under ``noise``; None: noise alone.
+        strength: share of the steps that are taken, the last ones, with ``start``; in (0, 1].
+        mask: (B or 1, 1, H, W) bool: where to draw. Elsewhere the result is ``start``, and every
+            model call sees it under the same noise at the call's level.
         schedule: the schedule ``model`` was trained with; None: PixArt's.
         callback: called after every model call as ``callback(index, total, latents)`` with
             float32 latents in the solver's own scale.
@@ -189,10 +207,20 @@ def sample(
         raise ValueError("schedule must be the one trained with, not a respaced one: use steps")
     if not 1 <= steps <= len(schedule):
         raise ValueError(f"steps must be in [1, {len(schedule)}], got {steps}")
+    if start is None and (mask is not None or strength != 1):
+        raise ValueError("mask and strength need start, the latents to change")
+    if start is not None and sampler in STARTS_FROM_NOISE_ALONE:
+        raise ValueError(f"sampler {sampler!r} cannot begin with an image; the others can")
+    if not 0 < strength <= 1:
+        raise ValueError(f"strength must be in (0, 1], got {strength}")
     if noise.ndim != 4 or not noise.is_floating_point():
         raise ValueError(
             f"noise must be floats of shape (B, C, H, W), got {noise.dtype} of shape "
             f"{tuple(noise.shape)}"
+        )
+    if start is not None and start.shape != noise.shape:
+        raise ValueError(
+            f"start must have the shape of noise, {tuple(noise.shape)}, got {tuple(start.shape)}"
         )
     if generators is not None and len(generators) != len(noise):
         raise ValueError(
@@ -210,6 +238,16 @@ def sample(
         aspect_ratio=aspect_ratio,
     )
     scheduler, timesteps = SAMPLERS[sampler](schedule, steps, noise.device)
+    latents, first = noise.float() * scheduler.init_noise_sigma, 0
+    if start is not None:
+        first = scheduler.order * (steps - max(1, round(steps * strength)))
+        # those without find their place by the timestep
+        if hasattr(scheduler, "set_begin_index"):
+            scheduler.set_begin_index(first)
+        latents = scheduler.add_noise(
+            start.float(), noise.float(), scheduler.timesteps[first : first + 1]
+        )
+    scheduler_timesteps, timesteps = scheduler.timesteps[first:], timesteps[first:]
     if prepare is not None:
         prepare(timesteps.float())
     step_options: dict[str, Any] = {}
@@ -217,14 +255,19 @@ def sample(
     if generators is not None and "generator" in inspect.signature(scheduler.step).parameters:
         step_options["generator"] = list(generators)
 
-    latents = noise.float() * scheduler.init_noise_sigma
     total = len(timesteps)
-    for index, (t, model_t) in enumerate(zip(scheduler.timesteps, timesteps, strict=True)):
+    for index, (t, model_t) in enumerate(zip(scheduler_timesteps, timesteps, strict=True)):
         model_input = scheduler.scale_model_input(latents, t).to(noise.dtype)
         output = guided(model_input, model_t.float().expand(len(noise)))
         if sampler != "iddpm":
             output = output[:, : noise.shape[1]]
         latents = scheduler.step(output, t, latents, **step_options).prev_sample
+        if start is not None and mask is not None:
+            kept = start.float()
+            if index + 1 < total:
+                following = scheduler_timesteps[index + 1 : index + 2]
+                kept = scheduler.add_noise(kept, noise.float(), following)
+            latents = torch.where(mask, latents, kept)
         if callback is not None:
             callback(index, total, latents)
     return latents.to(noise.dtype)

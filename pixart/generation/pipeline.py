@@ -9,10 +9,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor
+from torch.nn import functional as F
 
 from pixart.conditioning import VAE, TextEncoder
+from pixart.conditioning.pretrained import fingerprint
+from pixart.data.aspect_ratios import nearest_size
 from pixart.diffusion import sample
 from pixart.generation.cache import Cached, CudaGraphs
 from pixart.model import CaptionEmbedder, PixArt
@@ -119,6 +122,12 @@ class PixArtPipeline:
             cuda_graphs=cuda_graphs,
         )
 
+    @property
+    def identity(self) -> str:
+        """Names the weights of all parts, in their dtypes, wherever they are stored."""
+        encoder = None if self.text_encoder is None else self.text_encoder.identity
+        return fingerprint(self.model, self.vae.identity, encoder)
+
     def encode(self, prompts: Sequence[str], negative_prompt: str = "") -> Prompts:
         """Prompts' features, and those of what guidance steers away from."""
         if self.text_encoder is None:
@@ -137,11 +146,14 @@ class PixArtPipeline:
         *,
         height: int | None = None,
         width: int | None = None,
-        seed: int = 0,
+        seed: int | Sequence[int] = 0,
         steps: int = 20,
         sampler: str = "dpm-solver++",
         guidance_scale: float | None = None,
         guidance_mask: str = "official",
+        image: Image.Image | None = None,
+        mask: Image.Image | None = None,
+        strength: float | None = None,
         batch_size: int = 8,
         callback: Callable[[int, int], None] | None = None,
     ) -> list[Image.Image]:
@@ -149,14 +161,21 @@ class PixArtPipeline:
 
         Args:
             prompts: texts, or what :meth:`encode` made of them.
-            height, width: pixels; None: the size that the model was trained at.
-            seed: picture ``i`` starts from the noise of ``seed + i``, whatever the batch size.
+            height, width: pixels; None: those of ``image``, or the size that the model was
+                trained at. :meth:`size` finds those of an aspect ratio.
+            seed: picture ``i`` starts from the noise of ``seed + i``, or of ``seed[i]``, whatever
+                the batch size.
             steps, sampler: see ``pixart.diffusion.sample``.
             guidance_scale: 1 is no guidance; None: the pipeline's.
             guidance_mask: "official" steers away from the null caption that the model was trained
                 with, attended at the prompt's length; "diffusers" from the text encoder's "", at
                 its own. A negative prompt, which the official code does not have, is always
                 attended at its own length.
+            image: what all pictures begin with, scaled and cropped to the size; None: noise.
+            mask: white where ``image`` is drawn anew, black where its pixels are the result's,
+                and grey for a blend; of the size of ``image``.
+            strength: share of the steps that are taken, the last ones, so that less of ``image``
+                changes; in (0, 1]. None: :func:`default_strength`.
             batch_size: pictures drawn together.
             callback: called as ``callback(done, total)`` with model calls, for progress.
 
@@ -165,36 +184,91 @@ class PixArtPipeline:
         """
         if guidance_scale is not None and not 1 <= guidance_scale < math.inf:
             raise ValueError(f"`guidance_scale` is {guidance_scale}; accepted: 1 or more")
+        count = len(prompts)
+        seeds = range(seed, seed + count) if isinstance(seed, int) else seed
+        if len(seeds) != count:
+            raise ValueError(f"`seed` has {len(seeds)} numbers; accepted: one, or {count}")
+        if mask is not None and (image is None or mask.size != image.size):
+            raise ValueError(
+                f"`mask` is {_size(mask)} for an image of {_size(image)}; accepted: the same size"
+            )
+        if image is not None:
+            width, height = (width or image.width, height or image.height)
+        height, width = self.size(height, width)
+        start = drawn_where = None
+        if image is not None:
+            image = ImageOps.fit(image.convert("RGB"), (width, height))
+            start = self.vae.encode(to_pixels(image)[None])
+        if mask is not None:
+            mask = ImageOps.fit(mask.convert("L"), (width, height))
+            white = to_pixels(mask)[None, :1]
+            drawn_where = F.max_pool2d(white, self.vae.factor) > -1
+        if strength is None:
+            strength = 1.0 if image is None else default_strength(mask)
         if not isinstance(prompts, Prompts):
             prompts = self.encode(prompts)
         latents_of = self.draw_latents(
             prompts,
-            self._latent_size(height, width),
-            seed=seed,
+            (height // self.vae.factor, width // self.vae.factor),
+            seeds=seeds,
             steps=steps,
             sampler=sampler,
             guidance_scale=self.guidance_scale if guidance_scale is None else guidance_scale,
             guidance_mask=guidance_mask,
+            start=start,
+            mask=drawn_where,
+            strength=strength,
             batch_size=batch_size,
             callback=callback,
         )
-        images = torch.cat([self.vae.decode(latents).cpu() for latents in latents_of])
-        return [to_image(image) for image in images]
+        drawn = [to_image(pixels) for z in latents_of for pixels in self.vae.decode(z)]
+        if image is None or mask is None:
+            return drawn
+        return [Image.composite(picture, image, mask) for picture in drawn]
+
+    def size(
+        self, height: int | None = None, width: int | None = None, aspect_ratio: str | None = None
+    ) -> tuple[int, int]:
+        """Height and width in pixels of a picture that is asked for.
+
+        ``aspect_ratio``, width to height as "16:9", gives the nearest size of the papers' table
+        for this model; a height or width that is not given is that of the model's training.
+
+        Raises ValueError for a side that the model cannot draw, or an aspect ratio besides sides.
+        """
+        config, factor = self.model.config, self.vae.factor
+        base, multiple = config.input_size * factor, factor * config.patch_size
+        if aspect_ratio is not None:
+            if height is not None or width is not None:
+                raise ValueError("an aspect ratio is given, and height or width: give one of them")
+            return nearest_size(aspect_ratio, base, multiple)
+        sides = base if height is None else height, base if width is None else width
+        for name, pixels in zip(("height", "width"), sides, strict=True):
+            if pixels < multiple or pixels % multiple:
+                raise ValueError(f"`{name}` is {pixels}; accepted: a multiple of {multiple}")
+        return sides
 
     def draw_latents(
         self,
         prompts: Prompts,
         size: tuple[int, int],
         *,
-        seed: int,
+        seeds: Sequence[int],
         steps: int,
         sampler: str,
         guidance_scale: float,
         guidance_mask: str,
         batch_size: int,
+        start: Tensor | None = None,
+        mask: Tensor | None = None,
+        strength: float = 1.0,
         callback: Callable[[int, int], None] | None = None,
     ) -> Iterator[Tensor]:
-        """Batches of normalised latents (B, C, h, w), in the order of the prompts."""
+        """Batches of normalised latents (B, C, h, w), in the order of the prompts.
+
+        All begin with ``start`` (1, C, h, w), where given; ``mask`` (1, 1, h, w) and ``strength``
+        are those of ``pixart.diffusion.sample``.
+        """
         config, device = self.model.config, next(self.model.parameters()).device
         null_caption = prompts.null_caption
         if prompts.negative_prompt:
@@ -205,9 +279,7 @@ class PixArtPipeline:
         batches = list(prompts.batches(batch_size))
         for done, (rows, batch) in enumerate(batches):
             B = len(batch)
-            generators = [
-                torch.Generator().manual_seed(seed + i) for i in range(rows.start, rows.start + B)
-            ]
+            generators = [torch.Generator().manual_seed(seed) for seed in seeds[rows]]
             shape = (1, config.in_channels, *size)
             noise = torch.cat([torch.randn(shape, generator=g) for g in generators])
             image_size = aspect_ratio = None
@@ -234,22 +306,14 @@ class PixArtPipeline:
                 guidance_scale=guidance_scale,
                 guidance_mask=guidance_mask,
                 generators=generators,
+                start=None if start is None else start.to(device).expand(B, -1, -1, -1),
+                mask=None if mask is None else mask.to(device),
+                strength=strength,
                 callback=progress,
                 prepare=cached.prepare,
                 image_size=image_size,
                 aspect_ratio=aspect_ratio,
             )
-
-    def _latent_size(self, height: int | None, width: int | None) -> tuple[int, int]:
-        factor, config = self.vae.factor, self.model.config
-        multiple = factor * config.patch_size
-        sides = []
-        for name, pixels in (("height", height), ("width", width)):
-            pixels = config.input_size * factor if pixels is None else pixels
-            if pixels < multiple or pixels % multiple:
-                raise ValueError(f"`{name}` is {pixels}; accepted: a multiple of {multiple}")
-            sides.append(pixels // factor)
-        return sides[0], sides[1]
 
 
 def to_image(pixels: Tensor) -> Image.Image:
@@ -262,3 +326,12 @@ def to_pixels(image: Image.Image) -> Tensor:
     """An 8-bit picture to (3, H, W) in [-1, 1]."""
     array = torch.frombuffer(bytearray(image.convert("RGB").tobytes()), dtype=torch.uint8)
     return array.view(image.height, image.width, 3).permute(2, 0, 1).float() / 127.5 - 1
+
+
+def default_strength(mask: Image.Image | None) -> float:
+    """An image as a whole is to be recognised; what a mask shows is to be drawn from nothing."""
+    return 0.6 if mask is None else 1.0
+
+
+def _size(image: Image.Image | None) -> str:
+    return "none" if image is None else f"{image.width}x{image.height}"

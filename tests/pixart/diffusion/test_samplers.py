@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from pixart.diffusion import SAMPLERS, NoiseSchedule, sample
+from pixart.diffusion.samplers import STARTS_FROM_NOISE_ALONE
 
 MEAN, STD = 0.7, 0.5
 CAPTION = torch.zeros(2, 1, 3)
@@ -269,6 +270,9 @@ def test_no_gradient_and_dtype_follows_noise():
         ({"noise": torch.zeros(3, 4, 2, 2)}, r"latents .* got \(3, 4, 2, 2\)"),
         ({"generators": [torch.Generator()]}, "generators must be 2, .* got 1"),
         ({"schedule": NoiseSchedule().respaced([0, 9])}, "schedule must be the one trained with"),
+        ({"start": noise(1, 2)}, r"start must have the shape of noise, .* got \(1, 4, 2, 2\)"),
+        ({"start": noise(2, 2), "strength": 0}, r"strength must be in \(0, 1\], got 0"),
+        ({"strength": 0.5}, "mask and strength need start"),
         ({"guidance_scale": 2.0}, "null_caption is needed for guidance_scale 2.0"),
     ],
 )
@@ -276,3 +280,63 @@ def test_wrong_input_is_named(change, message):
     args = {"noise": noise(2, 2), "caption": CAPTION, "guidance_scale": 1} | change
     with pytest.raises(ValueError, match=message):
         sample(GaussianModel(NoiseSchedule()), **args)
+
+
+FROM_THE_MIDDLE = [row for row in ACCURACY if row[0] not in STARTS_FROM_NOISE_ALONE]
+
+
+@pytest.mark.parametrize(("name", "steps", "tolerance"), FROM_THE_MIDDLE)
+def test_starts_from_latents_at_their_noise_level(name, steps, tolerance):
+    """Noised data denoises to data again: the wrong level of noise would change its spread."""
+    torch.manual_seed(0)
+    start = MEAN + STD * noise(seed=5)
+    whole, part = GaussianModel(NoiseSchedule()), GaussianModel(NoiseSchedule())
+    run(name, steps, model=whole, x=noise(1, 2))
+    got = run(name, steps, model=part, start=start, strength=0.3)
+    assert part.timesteps == whole.timesteps[-len(part.timesteps) :]
+    calls = round(0.3 * steps)
+    assert len(part.timesteps) == (2 * calls - 1 if name == "heun" else calls)
+    assert got.mean().item() == pytest.approx(MEAN, abs=0.013)
+    assert got.std().item() == pytest.approx(STD, rel=tolerance)
+    # it is still that image, and less so the more is done
+    near, far = (
+        torch.corrcoef(torch.stack([run(name, steps, start=start, strength=s).flatten(),
+                                    start.flatten()]))[0, 1]
+        for s in (0.05, 0.9)
+    )  # fmt: skip
+    assert near > 0.8 and far < 0.2
+
+
+@pytest.mark.parametrize("name", [name for name, *_ in FROM_THE_MIDDLE])
+def test_the_last_step_draws_no_noise_even_if_it_is_the_only_one(name):
+    def last_step(seed):
+        torch.manual_seed(seed)
+        return run(name, 10, x=noise(1, 4), start=noise(1, 4, seed=5), strength=0.1)
+
+    assert torch.equal(last_step(0), last_step(1))
+
+
+@pytest.mark.parametrize("strength", [0.5, 1.0])
+@pytest.mark.parametrize("name", [name for name, *_ in FROM_THE_MIDDLE])
+def test_what_a_mask_keeps_is_at_every_level_its_own(name, strength):
+    schedule, x = NoiseSchedule(), noise(2, 8)
+    start = MEAN + STD * noise(2, 8, seed=5)
+    mask = torch.zeros(1, 1, 8, 8, dtype=torch.bool)
+    mask[..., 2:5] = True
+    exact = GaussianModel(schedule)
+
+    def model(latents, timestep, caption, **micro):
+        expected = schedule.add_noise(start, x, timestep.long())
+        kept = ~mask.expand_as(x)
+        torch.testing.assert_close(latents[kept], expected[kept], rtol=1e-3, atol=1e-3)
+        return exact(latents, timestep, caption, **micro)
+
+    got = run(name, 10, schedule, model, x, start=start, strength=strength, mask=mask)
+    assert torch.equal(got[~mask.expand_as(got)], start[~mask.expand_as(got)])
+    assert (got - start)[mask.expand_as(got)].abs().min() > 0
+
+
+@pytest.mark.parametrize("name", STARTS_FROM_NOISE_ALONE)
+def test_some_cannot_start_from_latents(name):
+    with pytest.raises(ValueError, match=f"{name}' cannot begin with an image"):
+        run(name, 4, start=noise())

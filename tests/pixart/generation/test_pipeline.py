@@ -7,53 +7,24 @@ import json
 
 import pytest
 import torch
-from diffusers import AutoencoderKL
+from PIL import Image
+from small_pipeline import CONFIG, Encoder, small_pipeline
 from torch import Tensor
 
-from pixart import PixArt, PixArtConfig
-from pixart.conditioning import VAE
+from pixart import PixArt
+from pixart.diffusion import NoiseSchedule
 from pixart.generation import PixArtPipeline, Prompts, contact_sheet
 from pixart.generation.pipeline import to_image, to_pixels
-
-CONFIG = PixArtConfig(
-    input_size=8, hidden_size=24, depth=2, num_heads=2, caption_channels=6, max_caption_tokens=5
-)
-
-
-class Encoder:
-    """Features that depend on the words; "" is one token, padded by noise as T5's is."""
-
-    max_tokens = 5
-
-    def encode(self, texts) -> tuple[Tensor, Tensor]:
-        lengths = torch.tensor([len(text.split()) + 1 for text in texts])
-        mask = torch.arange(int(lengths.max())) < lengths[:, None]
-        features = torch.zeros(*mask.shape, 6)
-        for row, text in zip(features, texts, strict=True):
-            for i, word in enumerate([*text.split(), "."]):
-                row[i] = torch.randn(6, generator=torch.Generator().manual_seed(len(word) * 7 + i))
-        return features, mask
-
-    def encode_null(self) -> tuple[Tensor, Tensor]:
-        generator = torch.Generator().manual_seed(99)
-        return torch.randn(5, 6, generator=generator), torch.arange(5) < 1
 
 
 @pytest.fixture(scope="module")
 def pipeline() -> PixArtPipeline:
-    torch.manual_seed(0)
-    vae = AutoencoderKL(block_out_channels=(8, 8), norm_num_groups=4, latent_channels=4,
-                        down_block_types=["DownEncoderBlock2D"] * 2,
-                        up_block_types=["UpDecoderBlock2D"] * 2)  # fmt: skip
-    model = PixArt(CONFIG)
-    for parameter in model.parameters():
-        torch.nn.init.normal_(parameter, std=0.2)
-    return PixArtPipeline(model, VAE(vae), Encoder())
+    return small_pipeline()
 
 
 def latents(pipeline: PixArtPipeline, prompts: Prompts, **changes) -> Tensor:
     settings = {
-        "seed": 3, "steps": 3, "sampler": "ddim", "guidance_scale": 3.0,
+        "seeds": range(3, 3 + len(prompts)), "steps": 3, "sampler": "ddim", "guidance_scale": 3.0,
         "guidance_mask": "official", "batch_size": 8,
     }  # fmt: skip
     return torch.cat(list(pipeline.draw_latents(prompts, (8, 8), **{**settings, **changes})))
@@ -75,9 +46,11 @@ def test_a_picture_does_not_depend_on_its_batch(pipeline: PixArtPipeline, sample
         apart = latents(pipeline, prompts, sampler=sampler, batch_size=size)
         close(apart, together)
     # the seed belongs to the picture: number 1 of seed 3 is number 0 of seed 4
-    alone = latents(pipeline, pipeline.encode(PROMPTS[1:2]), sampler=sampler, seed=4)
+    alone = latents(pipeline, pipeline.encode(PROMPTS[1:2]), sampler=sampler, seeds=[4])
     close(alone, together[1:2])
-    assert not torch.allclose(together, latents(pipeline, prompts, sampler=sampler, seed=5))
+    assert not torch.allclose(
+        together, latents(pipeline, prompts, sampler=sampler, seeds=range(5, 8))
+    )
 
 
 def test_guidance_uses_the_right_null_caption(pipeline: PixArtPipeline) -> None:
@@ -115,6 +88,87 @@ def test_pictures_of_any_size_and_progress(pipeline: PixArtPipeline) -> None:
     assert pipeline(["a"], steps=1)[0].size == (16, 16)
     with pytest.raises(ValueError, match="`width` is 18; accepted: a multiple of 4"):
         pipeline(["a"], width=18)
+
+
+@pytest.fixture(scope="module")
+def photo() -> Image.Image:
+    return to_image(torch.rand(3, 12, 20, generator=torch.Generator().manual_seed(8)) * 2 - 1)
+
+
+def test_an_image_is_where_pictures_begin(pipeline: PixArtPipeline, photo: Image.Image) -> None:
+    calls: list[tuple[int, int]] = []
+
+    def draw(**changes) -> list[Image.Image]:
+        settings = {"image": photo, "steps": 10, "callback": lambda *c: calls.append(c)}
+        return pipeline(PROMPTS[:2], **{**settings, **changes})
+
+    a, b = draw()
+    assert a.size == b.size == photo.size
+    assert a.tobytes() != b.tobytes()
+    assert calls[-1] == (6, 6)
+    draw(strength=0.1)
+    assert calls[-1] == (1, 1)
+    mirrored, _ = draw(image=photo.transpose(Image.Transpose.FLIP_LEFT_RIGHT))
+    assert mirrored.tobytes() != a.tobytes()
+    # another size: scaled to cover it, and cropped
+    assert draw(height=16, width=16)[0].size == (16, 16)
+    with pytest.raises(ValueError, match="`width` is 19; accepted: a multiple of 4"):
+        draw(image=photo.resize((19, 12)))
+    with pytest.raises(ValueError, match="'pndm' cannot begin with an image"):
+        draw(sampler="pndm")
+    with pytest.raises(ValueError, match="strength must be in"):
+        draw(strength=1.5)
+
+
+def test_a_mask_keeps_black_pixels_as_they_were(
+    pipeline: PixArtPipeline, photo: Image.Image
+) -> None:
+    mask = Image.new("L", photo.size)
+    # from the middle of one latent pixel to the middle of another
+    mask.paste(255, (5, 3, 14, 9))
+    seen: list[Tensor] = []
+    forward, pipeline.model.forward = pipeline.model.forward, lambda x, *a: (
+        seen.append(x), forward(x, *a))[1]  # fmt: skip
+    try:
+        drawn, other = pipeline(PROMPTS[:2], image=photo, mask=mask, steps=4, guidance_scale=1)
+    finally:
+        pipeline.model.forward = forward
+    white, black = to_pixels(mask)[0] > 0, to_pixels(mask)[0] < 0
+    for picture in (drawn, other):
+        assert torch.equal(to_pixels(picture)[:, black], to_pixels(photo)[:, black])
+        assert (to_pixels(picture) != to_pixels(photo)).any(0)[white].float().mean() > 0.9
+    assert drawn.tobytes() != other.tobytes()
+    # every latent pixel that a white one lies in is drawn, no other: they are alike in all steps
+    schedule = NoiseSchedule()
+    start = pipeline.vae.encode(to_pixels(photo)[None])
+    abar = schedule.alphas_cumprod[250].float()
+    noise = torch.randn(1, 4, 6, 10, generator=torch.Generator().manual_seed(0))
+    kept = (seen[-1][0] - abar.sqrt() * start - (1 - abar).sqrt() * noise)[0].abs().amax(0) < 1e-3
+    expected = torch.ones(6, 10, dtype=torch.bool)
+    expected[1:5, 2:7] = False
+    assert torch.equal(kept, expected)
+
+
+def test_a_mask_fits_its_image(pipeline: PixArtPipeline, photo: Image.Image) -> None:
+    with pytest.raises(ValueError, match="`mask` is 4x4 for an image of 20x12"):
+        pipeline(["a"], image=photo, mask=photo.resize((4, 4)))
+    with pytest.raises(ValueError, match="`mask` is 20x12 for an image of none"):
+        pipeline(["a"], mask=photo)
+
+
+def test_seeds_may_be_each_pictures_own(pipeline: PixArtPipeline) -> None:
+    a, b = pipeline(["a", "a"], seed=[7, 7], steps=1)
+    assert a.tobytes() == b.tobytes()
+    with pytest.raises(ValueError, match="`seed` has 1 numbers; accepted: one, or 2"):
+        pipeline(["a", "b"], seed=[7])
+
+
+def test_sizes_by_aspect_ratio(pipeline: PixArtPipeline) -> None:
+    assert pipeline.size() == (16, 16)
+    assert pipeline.size(aspect_ratio="16:9") == (12, 20)
+    assert pipeline.size(height=8) == (8, 16)
+    with pytest.raises(ValueError, match="give one of them"):
+        pipeline.size(height=8, aspect_ratio="1:1")
 
 
 def test_micro_conditions_are_the_pictures_own(pipeline: PixArtPipeline) -> None:
@@ -159,8 +213,6 @@ def test_pixels_round_trip() -> None:
 
 def test_contact_sheet_holds_every_picture() -> None:
     colours = ["red", "green", "blue", "black", "purple"]
-    from PIL import Image
-
     images = [Image.new("RGB", (16, 8), colour) for colour in colours]
     sheet = contact_sheet(
         images, ["a rather long caption that needs lines"] * 5, columns=3, side=32
