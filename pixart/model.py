@@ -62,7 +62,9 @@ class Mlp(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if self._fuses(x):
-            gelu = partial(pk.bias_gelu, F.linear(x, self.fc1.weight), self.fc1.bias)
+            inputs = F.linear(x, self.fc1.weight), self.fc1.bias
+            gelu = partial(pk.bias_gelu, *inputs, backend=pk.current_backend())
+            del inputs
         else:
             gelu = partial(F.gelu, self.fc1(x), approximate="tanh")
         with recomputing() as again:
@@ -250,7 +252,8 @@ class Block(nn.Module):
         selective: bool = False,  # computes all after self-attention again in the backward
     ) -> tuple[Tensor, Tensor]:
         """The residual stream, and the MLP's branch, which what follows adds to it."""
-        enter = partial(_enter, x, pending, modulation)
+        # named, because the backward may make them again where another backend is in force
+        enter = partial(_enter, x, pending, modulation, pk.current_backend())
         with recomputing() as again:
             x, h = enter()
             entered = again(enter, x, h)
@@ -271,10 +274,10 @@ class Block(nn.Module):
         modulation: Modulation,
         entered: Recipe | None = None,
     ) -> tuple[Tensor, Tensor]:
-        before_mlp = (*modulation, SHIFT_MLP, SCALE_MLP)
+        before_mlp, backend = (*modulation, SHIFT_MLP, SCALE_MLP), pk.current_backend()
 
         def add_attention(x: Tensor, _h: Tensor | None = None) -> tuple[Tensor, Tensor]:
-            x = pk.gated_residual(x, attn, *modulation, gate_row=GATE_ATTN)
+            x = pk.gated_residual(x, attn, *modulation, gate_row=GATE_ATTN, backend=backend)
             return x, x.to(attn.dtype)
 
         with recomputing() as again:
@@ -287,7 +290,7 @@ class Block(nn.Module):
                 # neither normalised nor modulated: x itself asks the text
                 cross = self.cross_attn(query, text, text_lengths)
                 x, h = pk.gated_residual_adaln(x, cross, modulation=before_mlp)
-            again(partial(_before_mlp, x, modulation, h.dtype), h)
+            again(partial(_before_mlp, x, modulation, h.dtype, backend), h)
             return x, self.mlp(h)
 
     def whole(
@@ -320,18 +323,24 @@ class FinalLayer(nn.Module):
         return _layer_as_modulation(self.adaLN_modulation, t)
 
 
-def _enter(x: Tensor, pending: Pending | None, modulation: Modulation) -> tuple[Tensor, Tensor]:
+def _enter(
+    x: Tensor, pending: Pending | None, modulation: Modulation, backend: str
+) -> tuple[Tensor, Tensor]:
     """The residual stream with what it lacked, and its normalised, modulated copy."""
+    table, t = modulation
     if pending is None:
-        return x, pk.adaln_single(x, *modulation, shift_row=SHIFT_ATTN, scale_row=SCALE_ATTN)
+        rows = {"shift_row": SHIFT_ATTN, "scale_row": SCALE_ATTN}
+        return x, pk.adaln_single(x, table, t, **rows, backend=backend)
     branch, of_branch = pending
-    gate, rows = (*of_branch, GATE_MLP), (*modulation, SHIFT_ATTN, SCALE_ATTN)
-    return pk.gated_residual_adaln(x, branch, gate=gate, modulation=rows)
+    gate, norm = (*of_branch, GATE_MLP), (table, t, SHIFT_ATTN, SCALE_ATTN)
+    return pk.gated_residual_adaln(x, branch, gate=gate, modulation=norm, backend=backend)
 
 
-def _before_mlp(x: Tensor, modulation: Modulation, dtype: torch.dtype) -> Tensor:
+def _before_mlp(x: Tensor, modulation: Modulation, dtype: torch.dtype, backend: str) -> Tensor:
     """The h that ``gated_residual_adaln`` returned beside x."""
-    return pk.adaln_single(x, *modulation, shift_row=SHIFT_MLP, scale_row=SCALE_MLP).to(dtype)
+    table, t = modulation
+    rows = {"shift_row": SHIFT_MLP, "scale_row": SCALE_MLP}
+    return pk.adaln_single(x, table, t, **rows, backend=backend).to(dtype)
 
 
 def _layer_as_modulation(layer: nn.Sequential, t: Tensor) -> Modulation:
@@ -428,7 +437,7 @@ class PixArt(nn.Module):
                 selective = self.gradient_checkpointing == "selective"
                 x, mlp = block(x, pending, *inputs, selective=selective)
                 pending = mlp, modulation
-        _, h = _enter(x, pending, last)
+        _, h = _enter(x, pending, last, pk.current_backend())
         return self._unpatchify(self.final_layer.linear(h), grid)
 
     def embed_time(

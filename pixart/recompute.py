@@ -13,8 +13,6 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
-import pixart_kernels as pk
-
 Make = Callable[..., Tensor | tuple[Tensor, ...]]
 
 
@@ -24,8 +22,6 @@ class Recipe:
     def __init__(self, make: Make, tensors: tuple[Tensor, ...], source: Recipe | None) -> None:
         self.make, self.source = make, source
         self.strides = [tensor.stride() for tensor in tensors]
-        # another backend rounds, and lays its results out, in its own way
-        self.backend = pk.current_backend()
         self.users = self.waiting = 0
         self.made: tuple[Tensor, ...] | None = None
         if source is not None:
@@ -35,7 +31,7 @@ class Recipe:
         made = self.made
         if made is None:
             sources = () if self.source is None else self.source()
-            with torch.no_grad(), pk.use_backend(self.backend):
+            with torch.no_grad():
                 result = self.make(*sources)
             made = result if isinstance(result, tuple) else (result,)
             if [tensor.stride() for tensor in made] != self.strides:
@@ -85,7 +81,8 @@ def recomputing() -> Iterator[Again]:
 
     Whatever autograd saves of their memory before the ``with`` block ends, it makes by ``make()``
     in the backward, or by ``make(*source's tensors)``. ``make`` must return the same tensors, bit
-    for bit and with the same strides; what it refers to stays in memory in their place.
+    for bit and with the same strides, whatever `pk.use_backend` says by then; what it refers to
+    stays in memory in their place.
 
     Everything is kept as usual where no gradient is asked for, under torch.compile (which decides
     for itself what to recompute), and where other hooks on saved tensors are at work, such as

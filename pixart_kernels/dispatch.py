@@ -93,7 +93,8 @@ def use_backend(backend: str) -> Iterator[None]:
 
     ``backend``: ``"auto"``, ``"reference"``, ``"native"``, ``"triton"`` or ``"cuda"``. The
     environment variable ``PIXART_KERNELS_BACKEND`` sets the starting value, and an op's own
-    ``backend=`` argument wins over both.
+    ``backend=`` argument wins over both. A name must have every op that is called: ``triton`` and
+    ``reference`` have them all. Where checkpoints compute a forward again, cover the backward too.
 
     Raises ValueError for an unknown name, here; and in the op, when the backend cannot run.
     """

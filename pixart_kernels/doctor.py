@@ -87,7 +87,7 @@ def _kernel_line(kernel: Kernel) -> str:
 
 
 _KERNEL_HEADING = "    " + "".join(
-    f"{title:>10}" for title in ("threads", "registers", "spilled", "local", "shared", "occupancy")
+    f"{title:>10}" for title in ("threads", "registers", "spilled", "local", "static", "occupancy")
 )
 
 

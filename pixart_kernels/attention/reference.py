@@ -13,8 +13,9 @@ from torch import Tensor
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    dtype = q.dtype  # autocast would return its own
     q, k, v = (tensor.transpose(1, 2) for tensor in (q, k, v))
-    return F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
+    return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).to(dtype)
 
 
 def self_attention(qkv: Tensor, num_heads: int) -> Tensor:
@@ -39,4 +40,4 @@ def cross_attention(q: Tensor, kv: Tensor, kv_lengths: Tensor) -> Tensor:
     q = torch.where(has_text, q, 0)
     q, k, v = (tensor.transpose(1, 2) for tensor in (q, k, v))
     out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2)
-    return torch.where(has_text, out, 0)
+    return torch.where(has_text, out, 0).to(q.dtype)

@@ -394,7 +394,7 @@ def test_hooks_see_the_first_mlp_layer() -> None:
 
 def test_the_mlp_fuses_where_a_kernel_can_run(monkeypatch: pytest.MonkeyPatch) -> None:
     calls, bias_gelu = [], pk.bias_gelu
-    monkeypatch.setattr(pk, "bias_gelu", lambda *args: calls.append(args) or bias_gelu(*args))
+    monkeypatch.setattr(pk, "bias_gelu", lambda *a, **k: calls.append(a) or bias_gelu(*a, **k))
     mlp, x = randomized(SMALL).blocks[0].mlp, torch.randn(2, 3, 72)
     mlp(x)
     assert len(calls) == (pk.chosen_backend("bias_gelu", x) != "reference")

@@ -171,3 +171,15 @@ def test_auto_passes_over_kernels_for_other_heads(monkeypatch) -> None:
     with pytest.raises(RuntimeError, match="heads have 136 elements"):
         lengths = torch.ones(1, dtype=torch.int32)
         pk.cross_attention(x, torch.stack([x, x], 2), lengths, backend="triton")
+
+
+@pytest.mark.parametrize("op", ["self_attention", "attention", "cross_attention"])
+def test_results_have_q_s_dtype_under_autocast(op: str) -> None:
+    x = torch.randn(2, 3, 2, 8)
+    arguments = {
+        "self_attention": (torch.randn(2, 3, 48), 2),
+        "attention": (x, x, x),
+        "cross_attention": (x, torch.stack([x, x], 2), torch.tensor([3, 1], dtype=torch.int32)),
+    }[op]
+    with torch.autocast("cpu", torch.bfloat16):
+        assert getattr(pk, op)(*arguments, backend="reference").dtype == torch.float32
