@@ -1,7 +1,8 @@
 """Cross-attention on the CPU: PyTorch's flash attention over each sample's real tokens, unmasked.
 
 Lengths lie on the host, and a sample's tokens are a view: padding costs nothing, where a mask
-costs the products with all L tokens. Neighbours of one length share a call.
+costs the products with all L tokens. Neighbours of one length share a call; so do all samples of
+one length where gathering them costs less than calls.
 """
 
 # no `annotations` import: torch.library reads the annotations of ops as objects
@@ -26,42 +27,45 @@ def why_not_native(x: Tensor, head_dim: int | None = None) -> str | None:
     return f"per-sample attention reads the lengths on the host and x is on {x.device}"
 
 
-def _runs(kv_lengths: Tensor, L: int) -> Iterator[tuple[slice, int]]:
-    """Neighbouring samples of one length, and that length."""
-    begin = 0
-    for length, samples in groupby(kv_lengths.clamp(0, L).tolist()):
-        end = begin + len(list(samples))
-        yield slice(begin, end), length
-        begin = end
+# bytes of a sample's queries: up to here a copy takes less time than a call does
+GATHERED = 64 << 10
+
+
+def _groups(q: Tensor, kv_lengths: Tensor, L: int) -> Iterator[tuple[slice | Tensor, int]]:
+    """Samples of one length, a view of them where they are neighbours, and that length."""
+    lengths = kv_lengths.clamp(0, L).tolist()
+    order = list(range(len(lengths)))
+    if q[0].numel() * q.itemsize <= GATHERED:
+        order.sort(key=lengths.__getitem__)
+    for length, found in groupby(order, key=lengths.__getitem__):
+        samples = list(found)
+        first, end = samples[0], samples[-1] + 1
+        neighbours = end - first == len(samples)
+        yield slice(first, end) if neighbours else torch.tensor(samples), length
 
 
 def _heads_first(x: Tensor) -> Tensor:
     return dense_rows(x).transpose(1, 2)
 
 
-def _whole(parts: list[Tensor]) -> Tensor:
-    return parts[0].contiguous() if len(parts) == 1 else torch.cat(parts)
-
-
 # derivatives are CrossAttentionFunction's: called as ops, these must not record their own
 @torch.no_grad()
 def cross_attention_fwd(q: Tensor, kv: Tensor, kv_lengths: Tensor) -> tuple[Tensor, Tensor]:
-    B, N, H, d = q.shape
+    B, N, H, _ = q.shape
     lse_dtype = torch.promote_types(q.dtype, torch.float32)
     if q.numel() == 0:
         return q.new_empty(q.shape), q.new_empty((B, H, N), dtype=lse_dtype)
-    outs, lses = [], []
-    for samples, length in _runs(kv_lengths, kv.shape[1]):
+    out, lse = q.new_empty(q.shape), q.new_empty((B, H, N), dtype=lse_dtype)
+    for samples, length in _groups(q, kv_lengths, kv.shape[1]):
         if length == 0:
-            empty = samples.stop - samples.start
-            outs.append(q.new_zeros((empty, N, H, d)))
-            lses.append(q.new_zeros((empty, H, N), dtype=lse_dtype))
+            out[samples], lse[samples] = 0, 0
             continue
         k, v = kv[samples, :length].unbind(2)
-        out, lse = _flash(*map(_heads_first, (q[samples], k, v)))
-        outs.append(out.transpose(1, 2))
-        lses.append(lse)
-    return _whole(outs), _whole(lses)
+        found, found_lse = _flash(*map(_heads_first, (q[samples], k, v)))
+        if len(found) == B:
+            return found.transpose(1, 2).contiguous(), found_lse.contiguous()
+        out[samples], lse[samples] = found.transpose(1, 2), found_lse
+    return out, lse
 
 
 @torch.no_grad()
@@ -71,17 +75,17 @@ def cross_attention_bwd(
     dq, dkv = q.new_empty(q.shape), kv.new_empty(kv.shape)
     if q.numel() == 0:
         return dq, dkv.zero_()
-    for samples, length in _runs(kv_lengths, kv.shape[1]):
+    for samples, length in _groups(q, kv_lengths, kv.shape[1]):
         dkv[samples, length:] = 0
         if length == 0:
             dq[samples] = 0
             continue
         k, v = kv[samples, :length].unbind(2)
         operands = map(_heads_first, (dout[samples], q[samples], k, v, out[samples]))
-        gradients = _flash_backward(*operands, lse[samples], 0.0, False)
-        dk, dv = dkv[samples, :length].unbind(2)
-        for gradient, found in zip((dq[samples], dk, dv), gradients, strict=True):
-            gradient.copy_(found.transpose(1, 2))
+        found = _flash_backward(*operands, lse[samples], 0.0, False)
+        dq[samples], dkv[samples, :length, 0], dkv[samples, :length, 1] = (
+            gradient.transpose(1, 2) for gradient in found
+        )
     return dq, dkv
 
 

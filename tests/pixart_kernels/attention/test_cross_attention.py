@@ -23,7 +23,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import pixart_kernels as pk
 from pixart_kernels import _triton, dispatch
-from pixart_kernels.attention import config
+from pixart_kernels.attention import config, cross_native
 
 GPU = torch.cuda.is_available()
 DEVICES = {"native": "cpu", "triton": "cuda" if GPU else "cpu"}
@@ -315,3 +315,17 @@ def test_auto_leaves_triton_alone_until_it_is_verified(backend):
 def test_queries_are_shared_out_by_their_number(N, expected, monkeypatch):
     monkeypatch.undo()
     assert config.splits(N) == expected
+
+
+def test_samples_of_one_length_share_a_call_where_they_are_small(monkeypatch):
+    lengths = [3, 5, 3, 0, 5, 3]
+    leaves, kv_lengths = inputs(4, 7, lengths, d=24, backend="native")
+    calls, flash = [], cross_native._flash
+    monkeypatch.setattr(cross_native, "_flash", lambda *heads: calls.append(1) or flash(*heads))
+    gathered = run(cross(kv_lengths), leaves, "native")
+    assert len(calls) == 2
+    cases.check_error_rule(cross(kv_lengths), leaves, "native")
+    monkeypatch.setattr(cross_native, "GATHERED", 0)
+    calls.clear()
+    assert_same_bits(gathered, run(cross(kv_lengths), leaves, "native"))
+    assert len(calls) == 5
