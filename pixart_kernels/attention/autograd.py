@@ -1,7 +1,7 @@
 """What PyTorch must know of the attention kernels, whatever backend they are: derivatives, shapes.
 
-Each Function saves its inputs, its output and the fp32 lse (B, H, Nq), in base 2; nothing of size
-Nq x Nk is kept. First derivatives only.
+Each Function saves its inputs, its output and the lse (B, H, Nq), in a base of the backend's own;
+nothing of size Nq x Nk is kept. First derivatives only.
 """
 
 from __future__ import annotations
@@ -25,8 +25,16 @@ class Kernels(NamedTuple):
     self_attention_bwd: Callable
 
 
+class CrossKernels(NamedTuple):
+    """The same for texts; ``register_cross_fakes`` has their shapes."""
+
+    cross_attention_fwd: Callable
+    cross_attention_bwd: Callable
+
+
 # looked up by name: a string passes through a Function under torch.compile, callables do not
 KERNELS: dict[str, Kernels] = {}
+CROSS_KERNELS: dict[str, CrossKernels] = {}
 
 
 class AttentionFunction(torch.autograd.Function):
@@ -59,6 +67,21 @@ class SelfAttentionFunction(torch.autograd.Function):
         return None, dqkv, None
 
 
+class CrossAttentionFunction(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, kernels, q, kv, kv_lengths):
+        out, lse = CROSS_KERNELS[kernels].cross_attention_fwd(q, kv, kv_lengths)
+        ctx.save_for_backward(q, kv, kv_lengths, out, lse)
+        ctx.kernels = kernels
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dout):
+        dq, dkv = CROSS_KERNELS[ctx.kernels].cross_attention_bwd(dout, *ctx.saved_tensors)
+        return None, dq, dkv, None
+
+
 def attention(kernels: str, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     q, k, v = distinct(q, k, v)
     if differentiated(q, k, v):
@@ -70,6 +93,12 @@ def self_attention(kernels: str, qkv: Tensor, num_heads: int) -> Tensor:
     if differentiated(qkv):
         return SelfAttentionFunction.apply(kernels, qkv, num_heads)
     return KERNELS[kernels].self_attention_fwd(qkv, num_heads)[0]
+
+
+def cross_attention(kernels: str, q: Tensor, kv: Tensor, kv_lengths: Tensor) -> Tensor:
+    if differentiated(q, kv):
+        return CrossAttentionFunction.apply(kernels, q, kv, kv_lengths)
+    return CROSS_KERNELS[kernels].cross_attention_fwd(q, kv, kv_lengths)[0]
 
 
 def register_fakes(namespace: str) -> None:
@@ -96,3 +125,17 @@ def register_fakes(namespace: str) -> None:
     @fake("self_attention_bwd")
     def _(dout, qkv, out, lse, num_heads):
         return qkv.new_empty(qkv.shape)
+
+
+def register_cross_fakes(namespace: str) -> None:
+    """As :func:`register_fakes`, for the ops of cross-attention."""
+
+    @torch.library.register_fake(f"{namespace}::cross_attention_fwd")
+    def _(q, kv, kv_lengths):
+        B, N, H, _ = q.shape
+        dtype = torch.promote_types(q.dtype, torch.float32)
+        return q.new_empty(q.shape), q.new_empty((B, H, N), dtype=dtype)
+
+    @torch.library.register_fake(f"{namespace}::cross_attention_bwd")
+    def _(dout, q, kv, kv_lengths, out, lse):
+        return q.new_empty(q.shape), kv.new_empty(kv.shape)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from pixart_kernels._triton import dense_rows
-from pixart_kernels.attention.cross_autograd import CROSS_KERNELS, CrossKernels, register_fakes
+from pixart_kernels.attention.autograd import CROSS_KERNELS, CrossKernels, register_cross_fakes
 
 # what scaled_dot_product_attention runs on the CPU; called by name, it leaves its lse
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
@@ -93,7 +93,7 @@ _library = torch.library.Library("pixart_kernels_cpu", "FRAGMENT")
 for _function in (cross_attention_fwd, cross_attention_bwd):
     _library.define(_function.__name__ + torch.library.infer_schema(_function, mutates_args=()))
     _library.impl(_function.__name__, _function, "CPU")
-register_fakes(_library.ns)
+register_cross_fakes(_library.ns)
 # ops even in eager mode: the lengths of a fake tensor cannot be read
 CROSS_KERNELS["native"] = CrossKernels(
     *(getattr(torch.ops.pixart_kernels_cpu, name).default for name in CrossKernels._fields)

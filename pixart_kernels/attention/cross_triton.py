@@ -13,7 +13,7 @@ from torch import Tensor
 from pixart_kernels import _triton
 from pixart_kernels._triton import dense_rows
 from pixart_kernels.attention import config
-from pixart_kernels.attention.cross_autograd import CROSS_KERNELS, CrossKernels, register_fakes
+from pixart_kernels.attention.autograd import CROSS_KERNELS, CrossKernels, register_cross_fakes
 from pixart_kernels.attention.triton import _real_keys, backward, forward
 
 
@@ -72,4 +72,4 @@ _library = torch.library.Library("pixart_kernels_triton", "FRAGMENT")
 CROSS_KERNELS["triton"] = CrossKernels(
     *(_triton.op(_library, globals()[name]) for name in CrossKernels._fields)
 )
-register_fakes(_library.ns)
+register_cross_fakes(_library.ns)

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from pixart_kernels import _triton
-from pixart_kernels._checks import check_floating, shape, wrong
-from pixart_kernels.attention import autograd, cross_autograd, cross_native, native, reference
+from pixart_kernels._checks import check_floating, check_integer, shape, wrong
+from pixart_kernels.attention import autograd, cross_native, native, reference
 from pixart_kernels.dispatch import register, select
 
 if _triton.problem is None:
@@ -33,8 +33,7 @@ def self_attention(qkv: Tensor, num_heads: int, *, backend: str | None = None) -
         RuntimeError: ``backend`` was named and cannot run, with every reason.
     """
     check_floating("self_attention", qkv=qkv)
-    if num_heads < 1:
-        raise wrong("self_attention", "num_heads", num_heads, "a positive integer")
+    check_integer("self_attention", "num_heads", num_heads)
     if qkv.dim() != 3 or qkv.shape[2] % (3 * num_heads) != 0:
         accepted = f"(B, N, 3*D) with D a multiple of num_heads = {num_heads}"
         raise wrong("self_attention", "qkv", shape(qkv), accepted)
@@ -87,6 +86,9 @@ def cross_attention(
         raise wrong("cross_attention", "kv", shape(kv), f"({B}, L, 2, {H}, {d})")
     if q.dtype != kv.dtype:
         raise TypeError(f"cross_attention: q is {q.dtype}, kv {kv.dtype}; accepted: one dtype")
+    if not isinstance(kv_lengths, Tensor):
+        got = type(kv_lengths).__name__
+        raise TypeError(f"cross_attention: `kv_lengths` is a {got}; accepted: an int32 tensor")
     if kv_lengths.shape != (B,):
         raise wrong("cross_attention", "kv_lengths", shape(kv_lengths), f"({B},)")
     if kv_lengths.dtype != torch.int32:
@@ -109,18 +111,8 @@ def _why_not_triton(x: Tensor, head_dim: int | None = None) -> str | None:
 
 for _op in ("self_attention", "attention", "cross_attention"):
     register(_op, "reference", getattr(reference, _op))
-for _op in ("self_attention", "attention"):
     register(_op, "triton", partial(getattr(autograd, _op), "triton"), _why_not_triton)
+for _op in ("self_attention", "attention"):
     register(_op, "cuda", partial(getattr(autograd, _op), "cuda"), native.why_not_cuda)
-register(
-    "cross_attention",
-    "native",
-    partial(cross_autograd.cross_attention, "native"),
-    cross_native.why_not_native,
-)
-register(
-    "cross_attention",
-    "triton",
-    partial(cross_autograd.cross_attention, "triton"),
-    _why_not_triton,
-)
+_cross_native = partial(autograd.cross_attention, "native")
+register("cross_attention", "native", _cross_native, cross_native.why_not_native)

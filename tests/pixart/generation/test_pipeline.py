@@ -53,7 +53,9 @@ def test_a_picture_does_not_depend_on_its_batch(pipeline: PixArtPipeline, sample
     )
 
 
-def test_guidance_uses_the_right_null_caption(pipeline: PixArtPipeline) -> None:
+def test_guidance_uses_the_right_null_caption(
+    pipeline: PixArtPipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
     seen: list[tuple[Tensor, Tensor]] = []
     embed_text = pipeline.model.embed_text
 
@@ -61,14 +63,11 @@ def test_guidance_uses_the_right_null_caption(pipeline: PixArtPipeline) -> None:
         seen.append((caption[:3], caption_mask[:3].sum(1)))
         return embed_text(caption, caption_mask)
 
-    pipeline.model.embed_text = spy  # type: ignore[method-assign]
-    try:
-        prompts = pipeline.encode(PROMPTS)
-        latents(pipeline, prompts, steps=1)
-        latents(pipeline, prompts, steps=1, guidance_mask="diffusers")
-        latents(pipeline, pipeline.encode(PROMPTS, "bad art"), steps=1)
-    finally:
-        del pipeline.model.embed_text
+    monkeypatch.setattr(pipeline.model, "embed_text", spy)
+    prompts = pipeline.encode(PROMPTS)
+    latents(pipeline, prompts, steps=1)
+    latents(pipeline, prompts, steps=1, guidance_mask="diffusers")
+    latents(pipeline, pipeline.encode(PROMPTS, "bad art"), steps=1)
     official, diffusers, negative = seen
     assert torch.equal(official[0][0], pipeline.model.y_embedder.y_embedding)
     assert official[1].tolist() == [3, 5, 2]  # each prompt's own length
@@ -171,7 +170,9 @@ def test_sizes_by_aspect_ratio(pipeline: PixArtPipeline) -> None:
         pipeline.size(height=8, aspect_ratio="1:1")
 
 
-def test_micro_conditions_are_the_pictures_own(pipeline: PixArtPipeline) -> None:
+def test_micro_conditions_are_the_pictures_own(
+    pipeline: PixArtPipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model = PixArt(dataclasses.replace(CONFIG, micro_conditioning=True))
     seen: list[tuple[Tensor, Tensor]] = []
     embed_time = model.embed_time
@@ -180,7 +181,7 @@ def test_micro_conditions_are_the_pictures_own(pipeline: PixArtPipeline) -> None
         seen.append((image_size, aspect_ratio))
         return embed_time(timestep, image_size, aspect_ratio)
 
-    model.embed_time = spy  # type: ignore[method-assign]
+    monkeypatch.setattr(model, "embed_time", spy)
     PixArtPipeline(model, pipeline.vae, Encoder())(["a"], height=12, width=24, steps=1)
     ((image_size, aspect_ratio),) = seen
     assert image_size.tolist() == [[12, 24]] * 2
