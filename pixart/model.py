@@ -527,10 +527,19 @@ class PixArt(nn.Module):
         require(
             ok and not any(side % p for side in latents.shape[2:]), "latents", latents, accepted
         )
-        if isinstance(timestep, Tensor):
+        if isinstance(timestep, Time):
+            single = config.conditioning == "adaln_single"
+            ok = len(timestep.t_BD) == B and (timestep.t0 is not None) == single
+            accepted = f"what this model's embed_time made, of {B} timesteps"
+            require(ok, "timestep", "a Time of another kind or number", accepted)
+        else:
             require(timestep.shape == (B,), "timestep", timestep, f"({B},)")
         if isinstance(caption, Text):
-            pass
+            ok = len(caption.of_blocks) == config.depth and caption.lengths_B.shape == (B,)
+            accepted = f"what this model's embed_text made, of {B} captions"
+            require(ok, "caption", "a Text of another depth or number", accepted)
+            accepted = "None beside a Text, which knows its lengths"
+            require(caption_mask is None, "caption_mask", caption_mask, accepted)
         elif config.conditioning == "class":
             require(caption.shape == (B,), "caption", caption, f"class labels ({B},)")
         else:

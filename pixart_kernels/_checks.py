@@ -29,6 +29,15 @@ def check_floating(op: str, **tensors: Tensor) -> None:
         device = tensor.device
 
 
+def check_integer(op: str, name: str, value: int, least: int = 1) -> None:
+    """Raises TypeError for what is no integer, ValueError below ``least``."""
+    if isinstance(value, bool) or not isinstance(value, int | torch.SymInt):
+        got = type(value).__name__
+        raise TypeError(f"{op}: `{name}` is {value!r}, a {got}; accepted: an integer")
+    if value < least:
+        raise wrong(op, name, value, f"{least} or more")
+
+
 def compute_dtype(tensor: Tensor) -> torch.dtype:
     """fp32 for 16-bit inputs; fp32 and fp64 stay (fp64 is what gradcheck needs)."""
     return torch.promote_types(tensor.dtype, torch.float32)

@@ -72,8 +72,9 @@ def ops() -> list[str]:
 
 def architecture(device: torch.device) -> str:
     """``"cpu"`` or ``"sm_90"``-like: the granularity at which kernels are verified."""
-    if device.type != "cuda":
-        return device.type
+    kind = device.type
+    if kind != "cuda":
+        return kind
     major, minor = torch.cuda.get_device_capability(device)
     return f"sm_{major}{minor}"
 
@@ -143,10 +144,12 @@ def chosen(op: str, x: Tensor, backend: str | None = None, **facts: int | None) 
         raise ValueError(f"`op` is {op!r}; accepted: {', '.join(ops())}")
     name = _backend if backend is None else _checked(backend)
     if name == "auto":
-        # as why_not_auto, but without writing reasons that nobody reads
+        # as why_not_auto, but without writing reasons that nobody reads: a small op would feel it
         where = architecture(x.device)
-        verified = (b for b in PRIORITY if (op, b, where) in VERIFIED)
-        return next((b for b in verified if why_not(op, b, x, **facts) is None), "reference")
+        for b in PRIORITY:
+            if (op, b, where) in VERIFIED and why_not(op, b, x, **facts) is None:
+                return b
+        return "reference"
     reason = why_not(op, name, x, **facts)
     if reason is None:
         return name

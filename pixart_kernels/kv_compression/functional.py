@@ -7,7 +7,7 @@ from functools import partial
 from torch import Tensor
 
 from pixart_kernels import _extension, _triton
-from pixart_kernels._checks import check_floating, shape, wrong
+from pixart_kernels._checks import check_floating, check_integer, shape, wrong
 from pixart_kernels.dispatch import register, select
 from pixart_kernels.kv_compression import autograd, native, reference  # noqa: F401  (fills KERNELS)
 
@@ -53,9 +53,13 @@ def compress_kv(
     check_floating(
         op, kv=kv, weight=weight, bias=bias, norm_weight=norm_weight, norm_bias=norm_bias
     )
-    D = weight.shape[0]
-    if not 1 <= ratio <= min(height, width):
+    for name, size in (("height", height), ("width", width), ("ratio", ratio)):
+        check_integer(op, name, size)
+    if ratio > min(height, width):
         raise wrong(op, "ratio", ratio, f"1 to {min(height, width)}, the shorter side")
+    if weight.dim() != 4:
+        raise wrong(op, "weight", shape(weight), f"(D, 1, {ratio}, {ratio})")
+    D = weight.shape[0]
     if kv.dim() not in (4, 5) or kv.shape[2] != 2 or kv.shape[3:].numel() != D:
         raise wrong(op, "kv", shape(kv), f"(B, N, 2, {D}) or (B, N, 2, H, d) with H*d = {D}")
     if kv.shape[1] != height * width:

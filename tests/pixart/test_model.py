@@ -494,6 +494,19 @@ def test_wrong_argument_is_named(argument: str, value: torch.Tensor, said: str) 
         PixArt(SMALL)(**{**inputs(SMALL), argument: value})
 
 
+def test_what_another_model_embedded_is_refused() -> None:
+    model, arguments = PixArt(SMALL), inputs(SMALL)
+    time, text = model.embed_time(arguments["timestep"]), model.embed_text(arguments["caption"])
+    for name, value, said in [
+        ("timestep", time._replace(t0=None), "this model's embed_time made"),
+        ("caption", text._replace(of_blocks=[]), "this model's embed_text made"),
+        ("caption_mask", torch.ones(2, 5), "None beside a Text"),
+    ]:
+        given = {**arguments, "timestep": time, "caption": text, name: value}
+        with pytest.raises(ValueError, match=f"`{name}` is .*{said}"):
+            model(**given)
+
+
 def test_micro_conditioning_is_asked_for() -> None:
     model = PixArt(CONFIGS["micro"])
     arguments = inputs(SMALL)

@@ -121,6 +121,25 @@ def test_cross_attention_gradients_and_no_text_at_all() -> None:
             ValueError,
             "`kv` is",
         ),
+        (
+            lambda: pk.cross_attention(
+                torch.zeros(1, 3, 2, 8),
+                torch.zeros(1, 4, 2, 2, 8),
+                [4],  # type: ignore[arg-type]
+            ),
+            TypeError,
+            "`kv_lengths` is a list; accepted: an int32 tensor",
+        ),
+        (
+            lambda: pk.self_attention(torch.zeros(2, 3, 12), "4"),  # type: ignore[arg-type]
+            TypeError,
+            "`num_heads` is '4', a str; accepted: an integer",
+        ),
+        (
+            lambda: pk.self_attention(torch.zeros(2, 3, 12), 0),
+            ValueError,
+            "`num_heads` is 0; accepted: 1 or more",
+        ),
     ],
 )
 def test_wrong_argument_is_named(call, error: type, said: str) -> None:

@@ -61,5 +61,9 @@ def test_wrong_argument_is_named() -> None:
         pk.compress_kv(*args, ratio=5)
     with pytest.raises(ValueError, match="`weight`"):
         pk.compress_kv(*args, ratio=3)
+    with pytest.raises(TypeError, match="`ratio` is 2.0, a float; accepted: an integer"):
+        pk.compress_kv(*args, ratio=2.0)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="`weight` is .8,.; accepted: .D, 1, 2, 2."):
+        pk.compress_kv(*args[:3], args[4], *args[4:], ratio=2)
     with pytest.raises(ValueError, match="`weight` is .0, 1, 2, 2."):
         pk.compress_kv(*arguments(1, 4, 4, 0, 2), ratio=2)
