@@ -33,23 +33,6 @@ _TILES = (
 )
 _WIDEST = (Tile(1, 16), Tile(1, 32))
 
-# enough to hide the latency of one by the work of others; each program costs a row of sums
-BACKWARD_WARPS_PER_PROCESSOR = 16
-
-# rows of partial sums that the fold adds at a time, and over how many columns
-FOLD_ROWS, FOLD_COLUMNS = 64, 16
-
-
-@lru_cache
-def split(D: int) -> tuple[int, int]:
-    """Widths of the two powers of two that hold D columns: 1152 = 1024 + 128.
-
-    The second is rounded up where D is no such sum (its last columns are then masked), and there
-    is always a second: 1024 = 512 + 512.
-    """
-    head = 1 << max((D - 1).bit_length() - 1, 0)
-    return head, 1 << max(D - head - 1, 0).bit_length()
-
 
 @lru_cache
 def tiles(D: int) -> tuple[Tile, Tile]:
@@ -58,16 +41,3 @@ def tiles(D: int) -> tuple[Tile, Tile]:
         if widest >= D:
             return forward, backward
     return _WIDEST
-
-
-def backward_splits(B: int, tiles: int, num_warps: int, processors: int) -> int:
-    """How many programs share one sample's tiles; each leaves one row of partial sums."""
-    programs = max(BACKWARD_WARPS_PER_PROCESSOR // num_warps, 1) * processors
-    return min(-(-programs // B), tiles)
-
-
-@lru_cache
-def fold_tile(splits: int) -> tuple[int, int]:
-    """(samples, splits) of one step of the fold: powers of two whose product is FOLD_ROWS."""
-    split_tile = min(1 << max(splits - 1, 0).bit_length(), FOLD_ROWS)
-    return FOLD_ROWS // split_tile, split_tile

@@ -5,7 +5,7 @@ statistics and sums, one rounding at the store, operands read in place through t
 and the same bits in every run. Formulas: README.md. Tile sizes: config.py.
 
 In kernels: ``i_`` index, ``o_`` offsets, ``m_`` mask, ``p_`` pointers, ``b_`` values in
-registers. A row of D columns is a head and a tail, each a power of two wide (``config.split``).
+registers. A row of D columns is a head and a tail, each a power of two wide (``split``).
 Rows are one-dimensional and taken one by one: their statistics are then scalars, while in a
 tile of rows they would tie the layouts of head and tail together, at the price of moving whole
 tiles through shared memory. Strides and offsets come in multiples of UNIT elements: Triton
@@ -15,7 +15,6 @@ in place of an operand leaves out, when the kernel is compiled, whatever it woul
 
 # no `annotations` import: torch.library reads the launchers' annotations as objects
 from math import gcd
-from typing import Any
 
 import torch
 import triton
@@ -24,25 +23,17 @@ from torch import Tensor
 
 from pixart_kernels import _triton
 from pixart_kernels._triton import dense_rows
+from pixart_kernels._triton_rows import (
+    backward_splits,
+    fold,
+    load_row,
+    row_mean,
+    split,
+    store_row,
+)
 from pixart_kernels.adaln import config
 from pixart_kernels.adaln.autograd import KERNELS, Kernels, register_fakes
 from pixart_kernels.adaln.reference import activation_dtype
-
-
-@triton.jit
-def _load(p_row, m_row, D: tl.constexpr, HEAD: tl.constexpr, TAIL: tl.constexpr):
-    """A row in fp32, [HEAD] and [TAIL]; zeros where masked and past D."""
-    o_head, o_tail = tl.arange(0, HEAD), HEAD + tl.arange(0, TAIL)
-    b_head = tl.load(p_row + o_head, mask=m_row, other=0.0).to(tl.float32)
-    b_tail = tl.load(p_row + o_tail, mask=m_row & (o_tail < D), other=0.0).to(tl.float32)
-    return b_head, b_tail
-
-
-@triton.jit
-def _store(p_row, b_head, b_tail, m_row, D: tl.constexpr, HEAD: tl.constexpr, TAIL: tl.constexpr):
-    o_head, o_tail = tl.arange(0, HEAD), HEAD + tl.arange(0, TAIL)
-    tl.store(p_row + o_head, b_head, mask=m_row)
-    tl.store(p_row + o_tail, b_tail, mask=m_row & (o_tail < D))
 
 
 @triton.jit
@@ -59,17 +50,12 @@ def _compose(
     UNIT: tl.constexpr,
 ):
     """table[row] + t[i_b, row], or t[i_b, row] alone."""
-    b_head, b_tail = _load(t + (i_b * t_stride + t_offset) * UNIT, True, D, HEAD, TAIL)
+    b_head, b_tail = load_row(t + (i_b * t_stride + t_offset) * UNIT, True, D, HEAD, TAIL)
     if table is not None:
-        b_table_head, b_table_tail = _load(table + table_offset * UNIT, True, D, HEAD, TAIL)
+        b_table_head, b_table_tail = load_row(table + table_offset * UNIT, True, D, HEAD, TAIL)
         b_head += b_table_head
         b_tail += b_table_tail
     return b_head, b_tail
-
-
-@triton.jit
-def _mean(b_head, b_tail, D: tl.constexpr):
-    return (tl.sum(b_head, 0) + tl.sum(b_tail, 0)) / D
 
 
 @_triton.kernel
@@ -130,30 +116,30 @@ def _fwd_kernel(
         m_n = i_n < N
         i_token = i_b * N + i_n
         p_x = x + (i_b * x_stride_b + i_n * x_stride_n) * UNIT
-        b_head, b_tail = _load(p_x, m_n, D, HEAD, TAIL)
+        b_head, b_tail = load_row(p_x, m_n, D, HEAD, TAIL)
         if branch is not None:
             p_branch = branch + (i_b * branch_stride_b + i_n * branch_stride_n) * UNIT
-            b_branch_head, b_branch_tail = _load(p_branch, m_n, D, HEAD, TAIL)
+            b_branch_head, b_branch_tail = load_row(p_branch, m_n, D, HEAD, TAIL)
             if gate_t is not None:
                 b_branch_head *= b_gate_head
                 b_branch_tail *= b_gate_tail
             # normalised as it was stored, because that is what the backward reads again
             b_new_head = (b_head + b_branch_head).to(x_new.dtype.element_ty)
             b_new_tail = (b_tail + b_branch_tail).to(x_new.dtype.element_ty)
-            _store(x_new + i_token * D, b_new_head, b_new_tail, m_n, D, HEAD, TAIL)
+            store_row(x_new + i_token * D, b_new_head, b_new_tail, m_n, D, HEAD, TAIL)
             b_head = b_new_head.to(tl.float32)
             b_tail = b_new_tail.to(tl.float32)
         if h is not None:
-            b_mean = _mean(b_head, b_tail, D)
+            b_mean = row_mean(b_head, b_tail, D)
             b_head -= b_mean
             b_tail = tl.where(HEAD + tl.arange(0, TAIL) < D, b_tail - b_mean, 0.0)
-            b_variance = _mean(b_head * b_head, b_tail * b_tail, D)
+            b_variance = row_mean(b_head * b_head, b_tail * b_tail, D)
             b_rstd = tl.div_rn(1.0, tl.sqrt_rn(b_variance + eps))
             tl.store(stats + i_token, b_mean, mask=m_n)
             tl.store(stats + B * N + i_token, b_rstd, mask=m_n)
             b_head = b_head * b_rstd * (1 + b_scale_head) + b_shift_head
             b_tail = b_tail * b_rstd * (1 + b_scale_tail) + b_shift_tail
-            _store(h + i_token * D, b_head, b_tail, m_n, D, HEAD, TAIL)
+            store_row(h + i_token * D, b_head, b_tail, m_n, D, HEAD, TAIL)
 
 
 @_triton.kernel
@@ -221,15 +207,15 @@ def _bwd_kernel(
             # every read before the first sum, which all threads wait for
             if dx_new is not None:
                 p_dx_new = dx_new + (i_b * dx_new_stride_b + i_n * dx_new_stride_n) * UNIT
-                b_d_head, b_d_tail = _load(p_dx_new, m_n, D, HEAD, TAIL)
+                b_d_head, b_d_tail = load_row(p_dx_new, m_n, D, HEAD, TAIL)
             if gate_t is not None:
                 p_branch = branch + (i_b * branch_stride_b + i_n * branch_stride_n) * UNIT
-                b_branch_head, b_branch_tail = _load(p_branch, m_n, D, HEAD, TAIL)
+                b_branch_head, b_branch_tail = load_row(p_branch, m_n, D, HEAD, TAIL)
             if dh is not None:
                 p_dh = dh + (i_b * dh_stride_b + i_n * dh_stride_n) * UNIT
                 p_x = x + (i_b * x_stride_b + i_n * x_stride_n) * UNIT
-                b_dh_head, b_dh_tail = _load(p_dh, m_n, D, HEAD, TAIL)
-                b_x_head, b_x_tail = _load(p_x, m_n, D, HEAD, TAIL)
+                b_dh_head, b_dh_tail = load_row(p_dh, m_n, D, HEAD, TAIL)
+                b_x_head, b_x_tail = load_row(p_x, m_n, D, HEAD, TAIL)
                 b_mean = tl.load(stats + i_token, mask=m_n, other=0.0)
                 b_rstd = tl.load(stats + B * N + i_token, mask=m_n, other=0.0)
                 b_x_head = (b_x_head - b_mean) * b_rstd
@@ -241,8 +227,8 @@ def _bwd_kernel(
                 # past D, u is zero because dh is
                 b_u_head = b_dh_head * (1 + b_scale_head)
                 b_u_tail = b_dh_tail * (1 + b_scale_tail)
-                b_mean_u = _mean(b_u_head, b_u_tail, D)
-                b_mean_ux = _mean(b_u_head * b_x_head, b_u_tail * b_x_tail, D)
+                b_mean_u = row_mean(b_u_head, b_u_tail, D)
+                b_mean_ux = row_mean(b_u_head * b_x_head, b_u_tail * b_x_tail, D)
                 b_dx_head = b_rstd * (b_u_head - b_mean_u - b_x_head * b_mean_ux)
                 b_dx_tail = b_rstd * (b_u_tail - b_mean_u - b_x_tail * b_mean_ux)
                 if dx_new is not None:
@@ -250,71 +236,23 @@ def _bwd_kernel(
                     b_dx_tail += b_d_tail
                 b_d_head = b_dx_head
                 b_d_tail = b_dx_tail
-                _store(dx + i_token * D, b_d_head, b_d_tail, m_n, D, HEAD, TAIL)
+                store_row(dx + i_token * D, b_d_head, b_d_tail, m_n, D, HEAD, TAIL)
             if gate_t is not None:
                 b_dgate_head += b_d_head * b_branch_head
                 b_dgate_tail += b_d_tail * b_branch_tail
                 b_d_head *= b_gate_head
                 b_d_tail *= b_gate_tail
             if dbranch is not None:
-                _store(dbranch + i_token * D, b_d_head, b_d_tail, m_n, D, HEAD, TAIL)
+                store_row(dbranch + i_token * D, b_d_head, b_d_tail, m_n, D, HEAD, TAIL)
         i_tile += splits
 
     p_partial = partial + i_program * VECTORS * D
     if dh is not None:
-        _store(p_partial, b_dshift_head, b_dshift_tail, True, D, HEAD, TAIL)
-        _store(p_partial + D, b_dscale_head, b_dscale_tail, True, D, HEAD, TAIL)
+        store_row(p_partial, b_dshift_head, b_dshift_tail, True, D, HEAD, TAIL)
+        store_row(p_partial + D, b_dscale_head, b_dscale_tail, True, D, HEAD, TAIL)
         p_partial += 2 * D
     if gate_t is not None:
-        _store(p_partial, b_dgate_head, b_dgate_tail, True, D, HEAD, TAIL)
-
-
-@_triton.kernel
-def _fold_kernel(
-    partial,  # [B, splits, VECTORS, D]
-    dtable,  # [R, D] or None
-    dt,  # [B, R, D]
-    first_vector: tl.int64,
-    first_row: tl.int64,
-    second_vector: tl.int64,
-    second_row: tl.int64,
-    B: tl.int64,
-    R: tl.int64,
-    splits: tl.int64,
-    D: tl.constexpr,
-    VECTORS: tl.constexpr,
-    SAMPLES: tl.constexpr,
-    SPLITS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-):
-    """One program for COLUMNS columns of one row of table and t, which may get two vectors."""
-    i_program = tl.program_id(0).to(tl.int64)
-    i_row = i_program % R
-    o_d = i_program // R * COLUMNS + tl.arange(0, COLUMNS)
-    m_d = o_d < D
-    b_dtable = tl.zeros((COLUMNS,), tl.float32)
-    i_b = tl.zeros((), tl.int64)
-    while i_b < B:
-        o_b = i_b + tl.arange(0, SAMPLES)
-        b_dt = tl.zeros((SAMPLES, COLUMNS), tl.float32)
-        i_split = tl.zeros((), tl.int64)
-        while i_split < splits:
-            o_split = i_split + tl.arange(0, SPLITS)
-            o_sum = o_b[:, None] * splits + o_split[None, :]
-            p_sum = partial + o_sum[:, :, None] * VECTORS * D + o_d
-            m_sum = ((o_b < B)[:, None] & (o_split < splits)[None, :])[:, :, None] & m_d
-            # a row that nothing used reads nothing and sums zeros
-            m_first, m_second = m_sum & (i_row == first_row), m_sum & (i_row == second_row)
-            b_first = tl.load(p_sum + first_vector * D, mask=m_first, other=0.0)
-            b_second = tl.load(p_sum + second_vector * D, mask=m_second, other=0.0)
-            b_dt += tl.sum(b_first + b_second, 1)
-            i_split += SPLITS
-        p_dt = dt + (o_b[:, None] * R + i_row) * D + o_d
-        tl.store(p_dt, b_dt, mask=(o_b < B)[:, None] & m_d)
-        b_dtable += tl.sum(b_dt, 0)
-        i_b += SAMPLES
-    if dtable is not None:
-        tl.store(dtable + i_row * D + o_d, b_dtable, mask=m_d)
+        store_row(p_partial, b_dgate_head, b_dgate_tail, True, D, HEAD, TAIL)
 
 
 # what _compose takes: table, t, the row's offsets in both, and the batch stride of t
@@ -364,7 +302,7 @@ def _forward(
     with torch.cuda.device_of(x):
         _fwd_kernel[(B * tiles,)](
             *(*operands, x_new, h, stats, B, N, tiles, eps),
-            *(D, *config.split(D), unit, tile.rows),
+            *(D, *split(D), unit, tile.rows),
             num_warps=tile.num_warps,
         )
 
@@ -389,7 +327,7 @@ def _backward(
         return given.new_empty((B, 0, vectors, D), dtype=torch.float32)
     _, tile = config.tiles(D)
     tiles = -(-N // tile.rows)
-    splits = config.backward_splits(B, tiles, tile.num_warps, _triton.processors(given.device))
+    splits = backward_splits(B, tiles, tile.num_warps, _triton.processors(given.device))
     partial = given.new_empty((B, splits, vectors, D), dtype=torch.float32)
     operands, unit = _in_units(
         *_tokens(dx_new), *_tokens(dh), *_tokens(x), *_tokens(branch), *gate, *scale
@@ -397,34 +335,10 @@ def _backward(
     with torch.cuda.device_of(given):
         _bwd_kernel[(B * splits,)](
             *(*operands, stats, dx, dbranch, partial, B, N, tiles, splits),
-            *(D, *config.split(D), unit, tile.rows, vectors),
+            *(D, *split(D), unit, tile.rows, vectors),
             num_warps=tile.num_warps,
         )
     return partial
-
-
-def fold(
-    partial: Tensor,
-    table: Tensor | None,
-    t: Tensor,
-    first: tuple[int, int],
-    second: tuple[int, int] = (0, -1),
-) -> tuple[Any, Tensor]:
-    """(dtable, dt), added up from ``partial`` (B, splits, vectors, D) in a fixed order.
-
-    ``first`` and ``second`` are (vector, row): which vector of the partial sums is a row's
-    gradient. Other rows get zeros. Without a table, t is that one row and dtable is None.
-    """
-    B, splits, vectors, D = partial.shape
-    R = 1 if table is None else table.shape[0]
-    dtable = None if table is None else table.new_empty(table.shape)
-    dt = t.new_empty(t.shape)
-    with torch.cuda.device_of(t):
-        _fold_kernel[(R * -(-D // config.FOLD_COLUMNS),)](
-            *(partial, dtable, dt, *first, *second, B, R, splits),
-            *(D, vectors, *config.fold_tile(splits), config.FOLD_COLUMNS),
-        )
-    return dtable, dt
 
 
 def _normalise(

@@ -20,14 +20,19 @@ from torch import Tensor
 
 from pixart_kernels import _triton
 from pixart_kernels._triton import dense_rows
-from pixart_kernels.adaln.config import backward_splits, split
-from pixart_kernels.adaln.triton import _load, _mean, _store
+from pixart_kernels._triton_rows import (
+    FOLD_COLUMNS,
+    FOLD_ROWS,
+    backward_splits,
+    load_row,
+    row_mean,
+    split,
+    store_row,
+)
 from pixart_kernels.kv_compression.autograd import KERNELS, Kernels, register_fakes
 
 # Not measured. With so many columns of a row for a thread, and so many sums, nothing spills.
 COLUMNS_PER_THREAD, MAX_TAPS = 12, 4
-# rows of partial sums that the fold adds at a time, and over how many columns
-FOLD_ROWS, FOLD_COLUMNS = 64, 16
 
 
 @triton.jit
@@ -60,11 +65,11 @@ def _convolved(
     R: tl.constexpr,
 ):
     """Row i_row before the norm, zeros past D."""
-    b_head, b_tail = _load(bias, True, D, HEAD, TAIL)
+    b_head, b_tail = load_row(bias, True, D, HEAD, TAIL)
     for i_tap in tl.static_range(R * R):
         p_tap = _tap(kv, i_row, i_tap, stride_b, stride_n, stride_s, height, width, UNIT, R)
-        b_tap_head, b_tap_tail = _load(p_tap, True, D, HEAD, TAIL)
-        b_weight_head, b_weight_tail = _load(weight + i_tap * D, True, D, HEAD, TAIL)
+        b_tap_head, b_tap_tail = load_row(p_tap, True, D, HEAD, TAIL)
+        b_weight_head, b_weight_tail = load_row(weight + i_tap * D, True, D, HEAD, TAIL)
         b_head += b_weight_head * b_tap_head
         b_tail += b_weight_tail * b_tap_tail
     return b_head, b_tail
@@ -95,22 +100,22 @@ def _fwd_kernel(
     """One program for a row of the output."""
     i_row = tl.program_id(0).to(tl.int64)
     # every read before the first sum, which all threads wait for
-    b_norm_weight_head, b_norm_weight_tail = _load(norm_weight, True, D, HEAD, TAIL)
-    b_norm_bias_head, b_norm_bias_tail = _load(norm_bias, True, D, HEAD, TAIL)
+    b_norm_weight_head, b_norm_weight_tail = load_row(norm_weight, True, D, HEAD, TAIL)
+    b_norm_bias_head, b_norm_bias_tail = load_row(norm_bias, True, D, HEAD, TAIL)
     b_head, b_tail = _convolved(
         kv, i_row, kv_stride_b, kv_stride_n, kv_stride_s, height, width, weight, bias,
         D, HEAD, TAIL, UNIT, R,
     )  # fmt: skip
-    b_mean = _mean(b_head, b_tail, D)
+    b_mean = row_mean(b_head, b_tail, D)
     b_head -= b_mean
     b_tail = tl.where(HEAD + tl.arange(0, TAIL) < D, b_tail - b_mean, 0.0)
-    b_variance = _mean(b_head * b_head, b_tail * b_tail, D)
+    b_variance = row_mean(b_head * b_head, b_tail * b_tail, D)
     b_rstd = tl.div_rn(1.0, tl.sqrt_rn(b_variance + eps))
     tl.store(stats + i_row, b_mean)
     tl.store(stats + rows + i_row, b_rstd)
     b_head = b_head * b_rstd * b_norm_weight_head + b_norm_bias_head
     b_tail = b_tail * b_rstd * b_norm_weight_tail + b_norm_bias_tail
-    _store(out + i_row * D, b_head, b_tail, True, D, HEAD, TAIL)
+    store_row(out + i_row * D, b_head, b_tail, True, D, HEAD, TAIL)
 
 
 @_triton.kernel
@@ -147,7 +152,7 @@ def _bwd_kernel(
     GROUPS: tl.constexpr = (R * R + TAPS - 1) // TAPS
     i_program = tl.program_id(0).to(tl.int64)
     i_split, i_first = i_program // GROUPS, i_program % GROUPS * TAPS
-    b_norm_weight_head, b_norm_weight_tail = _load(norm_weight, True, D, HEAD, TAIL)
+    b_norm_weight_head, b_norm_weight_tail = load_row(norm_weight, True, D, HEAD, TAIL)
     b_dbias_head, b_dbias_tail = tl.zeros((HEAD,), tl.float32), tl.zeros((TAIL,), tl.float32)
     b_dnorm_weight_head, b_dnorm_weight_tail = b_dbias_head, b_dbias_tail
     b_dnorm_bias_head, b_dnorm_bias_tail = b_dbias_head, b_dbias_tail
@@ -161,7 +166,7 @@ def _bwd_kernel(
             dout, i_row, 0, dout_stride_b, dout_stride_n, dout_stride_s,
             height // R, width // R, UNIT, 1,
         )  # fmt: skip
-        b_dout_head, b_dout_tail = _load(p_dout, True, D, HEAD, TAIL)
+        b_dout_head, b_dout_tail = load_row(p_dout, True, D, HEAD, TAIL)
         b_mean, b_rstd = tl.load(stats + i_row), tl.load(stats + rows + i_row)
         b_head, b_tail = _convolved(
             kv, i_row, kv_stride_b, kv_stride_n, kv_stride_s, height, width, weight, bias,
@@ -176,8 +181,8 @@ def _bwd_kernel(
         # past D, u is zero because dout is
         b_u_head = b_dout_head * b_norm_weight_head
         b_u_tail = b_dout_tail * b_norm_weight_tail
-        b_mean_u = _mean(b_u_head, b_u_tail, D)
-        b_mean_ux = _mean(b_u_head * b_head, b_u_tail * b_tail, D)
+        b_mean_u = row_mean(b_u_head, b_u_tail, D)
+        b_mean_ux = row_mean(b_u_head * b_head, b_u_tail * b_tail, D)
         b_d_head = b_rstd * (b_u_head - b_mean_u - b_head * b_mean_ux)
         b_d_tail = b_rstd * (b_u_tail - b_mean_u - b_tail * b_mean_ux)
         b_dbias_head += b_d_head
@@ -189,24 +194,24 @@ def _bwd_kernel(
                 kv, i_row, i_tap, kv_stride_b, kv_stride_n, kv_stride_s, height, width, UNIT, R
             )
             p_dtap = _tap(dkv, i_row, i_tap, height * width * 2 * D, 2 * D, D, height, width, 1, R)
-            b_weight_head, b_weight_tail = _load(weight + i_tap * D, m_tap, D, HEAD, TAIL)
-            b_tap_head, b_tap_tail = _load(p_tap, m_tap, D, HEAD, TAIL)
+            b_weight_head, b_weight_tail = load_row(weight + i_tap * D, m_tap, D, HEAD, TAIL)
+            b_tap_head, b_tap_tail = load_row(p_tap, m_tap, D, HEAD, TAIL)
             dweight_heads += (dweight_heads[0] + b_d_head * b_tap_head,)
             dweight_tails += (dweight_tails[0] + b_d_tail * b_tap_tail,)
             dweight_heads, dweight_tails = dweight_heads[1:], dweight_tails[1:]
             b_dtap_head, b_dtap_tail = b_d_head * b_weight_head, b_d_tail * b_weight_tail
-            _store(p_dtap, b_dtap_head, b_dtap_tail, m_tap, D, HEAD, TAIL)
+            store_row(p_dtap, b_dtap_head, b_dtap_tail, m_tap, D, HEAD, TAIL)
         i_row += splits
 
     p_partial = partial + i_split * (R * R + 3) * D
     for i in tl.static_range(TAPS):
         p_tap, m_tap = p_partial + (i_first + i) * D, i_first + i < R * R
-        _store(p_tap, dweight_heads[i], dweight_tails[i], m_tap, D, HEAD, TAIL)
+        store_row(p_tap, dweight_heads[i], dweight_tails[i], m_tap, D, HEAD, TAIL)
     p_partial += R * R * D
     m_group = i_first == 0
-    _store(p_partial, b_dbias_head, b_dbias_tail, m_group, D, HEAD, TAIL)
-    _store(p_partial + D, b_dnorm_weight_head, b_dnorm_weight_tail, m_group, D, HEAD, TAIL)
-    _store(p_partial + 2 * D, b_dnorm_bias_head, b_dnorm_bias_tail, m_group, D, HEAD, TAIL)
+    store_row(p_partial, b_dbias_head, b_dbias_tail, m_group, D, HEAD, TAIL)
+    store_row(p_partial + D, b_dnorm_weight_head, b_dnorm_weight_tail, m_group, D, HEAD, TAIL)
+    store_row(p_partial + 2 * D, b_dnorm_bias_head, b_dnorm_bias_tail, m_group, D, HEAD, TAIL)
 
 
 @_triton.kernel

@@ -1,7 +1,7 @@
 """The MLP's bias and GELU in Triton, for CUDA devices of compute capability 8.0 and up.
 
 Dtypes, layouts and limits are those of ``native.py``. Formulas: README.md. Names in kernels:
-``pixart_kernels/adaln/triton.py``, whose second pass adds the partial sums here as well.
+``pixart_kernels/adaln/triton.py``.
 """
 
 # no `annotations` import: torch.library reads the launchers' annotations as objects
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from pixart_kernels import _triton
 from pixart_kernels._triton import dense_rows
-from pixart_kernels.adaln.triton import fold
+from pixart_kernels._triton_rows import fold
 from pixart_kernels.mlp.autograd import KERNELS, Kernels, register_fakes
 
 # Not measured. A thread holds 8 columns (16 bytes of bf16) of each row; 512 divides 4 * 1152.

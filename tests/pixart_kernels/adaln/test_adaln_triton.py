@@ -44,7 +44,7 @@ def little_to_interpret(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each row of a tile costs a millisecond, masked or not, and each program of the fold."""
     if _triton.INTERPRETED:
         monkeypatch.setattr(config, "tiles", lambda D: (config.Tile(2, 1), config.Tile(2, 1)))
-        monkeypatch.setattr(config, "FOLD_COLUMNS", 512)
+        monkeypatch.setattr("pixart_kernels._triton_rows.FOLD_COLUMNS", 512)
 
 
 @per_op
@@ -129,10 +129,9 @@ def test_nan_and_infinity_reach_the_output(dtype):
 def test_any_number_of_splits(op, splits, monkeypatch):
     """Fewer and more of them than the fold adds in one step, which takes at most 4 samples of 5."""
     monkeypatch.setattr(config, "tiles", lambda D: (config.Tile(3, 1), config.Tile(1, 1)))
-    monkeypatch.setattr(config, "backward_splits", lambda B, tiles, *rest: min(splits, tiles))
-    monkeypatch.setattr(
-        config, "fold_tile", lambda found: {1: (4, 1), 3: (2, 4), 11: (1, 4)}[found]
-    )
+    kernels, rows = "pixart_kernels.adaln.triton", "pixart_kernels._triton_rows"
+    monkeypatch.setattr(f"{kernels}.backward_splits", lambda B, tiles, *rest: min(splits, tiles))
+    monkeypatch.setattr(f"{rows}.fold_tile", {1: (4, 1), 3: (2, 4), 11: (1, 4)}.__getitem__)
     cases.check_error_rule(op, inputs((5, 11, 24), device=DEVICE), "triton")
 
 
@@ -208,7 +207,9 @@ def test_captured_in_a_graph(op):
 
 @pytest.mark.parametrize("D", [1, 2, 8, 72, 127, 384, 1024, 1151, 1152, 1153, 5000])
 def test_two_powers_of_two_hold_every_column(D):
-    head, tail = config.split(D)
+    from pixart_kernels._triton_rows import split
+
+    head, tail = split(D)
     assert head.bit_count() == tail.bit_count() == 1
     assert head + tail // 2 < D + (D == 1) <= head + tail or (head, tail) == (1, 1)
     assert head < D or D == 1
@@ -217,7 +218,9 @@ def test_two_powers_of_two_hold_every_column(D):
 @pytest.mark.parametrize("processors", [1, 132])
 @pytest.mark.parametrize("B, tiles", [(1, 1), (1, 5000), (7, 3), (300, 64), (70_000, 1)])
 def test_splits_fill_the_device_and_never_outnumber_tiles(B, tiles, processors):
-    splits = config.backward_splits(B, tiles, 4, processors)
+    from pixart_kernels._triton_rows import backward_splits
+
+    splits = backward_splits(B, tiles, 4, processors)
     assert 1 <= splits <= tiles
     assert splits == tiles or B * splits >= 4 * processors
 
