@@ -8,10 +8,6 @@
 //
 // One warp copies; the other warpgroups own 64 rows each. They start the scores of the next step
 // before they add up this one's sums, and take exponentials while the tensor cores are at those.
-#include <algorithm>
-#include <cstdlib>
-#include <stdexcept>
-#include <string>
 #include <type_traits>
 
 #include "sm90.cuh"
@@ -28,12 +24,9 @@ constexpr int kWarp = 32, kWarps = kWarpgroup / kWarp;
 // What is streamed for s is read again, for sums, after the next scores have been started.
 constexpr int kStagesS = 3, kStagesDp = 2;
 
-template <int kGroups>
-constexpr int kThreads = (1 + kGroups) * kWarpgroup;
-
 struct Work {
   TensorMap own_s, own_dp, s, dp;
-  uint32_t H, tiles_of_head, tiles;  // 32 bits: dividing 64 bits calls a routine
+  Tiling tiling;
   int steps;
 };
 
@@ -42,29 +35,16 @@ struct BackwardArgs {
   Backward call;
 };
 
-// A block's tiles are those whose number leaves its own by the number of blocks. Neighbours share a
-// head, and with it what they stream, in the cache.
-struct Place {
-  int row, head, batch;
+template <class T>
+__device__ __forceinline__ T* start_of(const Heads& heads, const Place& place) {
+  return static_cast<T*>(heads.data) + place.batch * heads.stride_b + place.head * heads.stride_h;
+}
 
-  __device__ __forceinline__ Place(const Work& work, uint32_t tile, int rows_of_tile) {
-    const uint32_t heads = tile / work.tiles_of_head;
-    row = int(tile % work.tiles_of_head) * rows_of_tile;
-    head = int(heads % work.H);
-    batch = int(heads / work.H);
-  }
-
-  template <class T>
-  __device__ __forceinline__ T* of(const Heads& heads) const {
-    return static_cast<T*>(heads.data) + batch * heads.stride_b + head * heads.stride_h;
-  }
-
-  // of lse and delta
-  template <class T>
-  __device__ __forceinline__ T* of(T* rows, const Shape& shape) const {
-    return rows + (batch * shape.H + head) * shape.Nq;
-  }
-};
+// Of lse or delta.
+template <class T>
+__device__ __forceinline__ T* start_of(T* rows, const Shape& shape, const Place& place) {
+  return rows + (place.batch * shape.H + place.head) * shape.Nq;
+}
 
 // A buffer's barriers.
 struct Handover {
@@ -136,8 +116,8 @@ __device__ __forceinline__ void produce(const BackwardArgs& args, Shared<kGroups
   Ring<1> own;
   Ring<kStagesS> s_ring;
   Ring<kStagesDp> dp_ring;
-  for (uint32_t tile = blockIdx.x; tile < work.tiles; tile += gridDim.x) {
-    const Place place(work, tile, shared.kOwnRows);
+  for (uint32_t tile = blockIdx.x; tile < work.tiling.count; tile += gridDim.x) {
+    const Place place(work.tiling, tile, shared.kOwnRows);
     wait(shared.own.empty, own.parity ^ 1);
     own.next();
     if (leads) {
@@ -163,8 +143,8 @@ __device__ __forceinline__ void produce(const BackwardArgs& args, Shared<kGroups
       // on their way while the warp waits for a buffer
       Numbers<kRows> lse, delta;
       if constexpr (kQueries) {
-        lse.load(place.of(args.call.lse, shape), row, shape.Nq);
-        delta.load(place.of(args.call.delta, shape), row, shape.Nq);
+        lse.load(start_of(args.call.lse, shape, place), row, shape.Nq);
+        delta.load(start_of(args.call.delta, shape, place), row, shape.Nq);
       }
       stream(s_ring, shared.of_s, shared.s, work.s, shared.lse, lse);
       stream(dp_ring, shared.of_dp, shared.dp, work.dp, shared.delta, delta);
@@ -249,8 +229,8 @@ __device__ __forceinline__ void compute_dq(const BackwardArgs& args, Shared<kGro
   Ring<1> own;
   Ring<kStagesS> s_ring;
   Ring<kStagesDp> dp_ring;
-  for (uint32_t tile = blockIdx.x; tile < work.tiles; tile += gridDim.x) {
-    const Place place(work, tile, shared.kOwnRows);
+  for (uint32_t tile = blockIdx.x; tile < work.tiling.count; tile += gridDim.x) {
+    const Place place(work.tiling, tile, shared.kOwnRows);
     const int row = place.row + group * kRowsOfProduct;
     Scores<kKeys> s, dp;
     Weights<kKeys> ds;
@@ -274,10 +254,10 @@ __device__ __forceinline__ void compute_dq(const BackwardArgs& args, Shared<kGro
     for (int half = 0; half < 2; ++half) {
       const int64_t n = row + row_of_thread() + 8 * half;
       const bool exists = n < shape.Nq;
-      delta[half] = delta_of(place.of<const T>(call.dout) + n * call.dout.stride_n,
-                             place.of<const T>(call.out) + n * call.out.stride_n, exists);
-      lse[half] = exists ? place.of(call.lse, shape)[n] : 0.f;
-      if (exists && threadIdx.x % 4 == 0) place.of(call.delta, shape)[n] = delta[half];
+      delta[half] = delta_of(start_of<const T>(call.dout, place) + n * call.dout.stride_n,
+                             start_of<const T>(call.out, place) + n * call.out.stride_n, exists);
+      lse[half] = exists ? start_of(call.lse, shape, place)[n] : 0.f;
+      if (exists && threadIdx.x % 4 == 0) start_of(call.delta, shape, place)[n] = delta[half];
     }
     const auto take_weights = [&] {
 #pragma unroll
@@ -336,8 +316,8 @@ __device__ __forceinline__ void compute_dkdv(const BackwardArgs& args,
   Ring<1> own;
   Ring<kStagesS> s_ring;
   Ring<kStagesDp> dp_ring;
-  for (uint32_t tile = blockIdx.x; tile < work.tiles; tile += gridDim.x) {
-    const Place place(work, tile, shared.kOwnRows);
+  for (uint32_t tile = blockIdx.x; tile < work.tiling.count; tile += gridDim.x) {
+    const Place place(work.tiling, tile, shared.kOwnRows);
     Scores<kQueries> s, dp;
     Weights<kQueries> p, ds;
     Sums dk = {}, dv = {};
@@ -441,52 +421,27 @@ struct Side {
   int64_t N;
 };
 
-int64_t ceil_div(int64_t a, int64_t b) {
-  return (a + b - 1) / b;
-}
-
 template <auto kKernel, int kGroups, int kRows>
 void launch_for(const char* name, const Backward& call, const Side& own, const Side& streamed,
                 void* stream) {
   using Memory = Shared<kGroups, kRows>;
   static_assert(sizeof(Memory) <= kMostShared);
   const Shape& shape = call.shape;
-  const int64_t tiles_of_head = ceil_div(own.N, Memory::kOwnRows);
-  const int64_t tiles = tiles_of_head * shape.B * shape.H;
-  if (tiles > INT32_MAX) throw std::invalid_argument("attention: too many heads and tokens");
   const BackwardArgs args{
       {map_of(own.s, call.dtype, own.N, shape, Memory::kOwnRows),
        map_of(own.dp, call.dtype, own.N, shape, Memory::kOwnRows),
        map_of(streamed.s, call.dtype, streamed.N, shape, kRows),
-       map_of(streamed.dp, call.dtype, streamed.N, shape, kRows), uint32_t(shape.H),
-       uint32_t(tiles_of_head), uint32_t(tiles), int(ceil_div(streamed.N, kRows))},
+       map_of(streamed.dp, call.dtype, streamed.N, shape, kRows),
+       Tiling(shape, own.N, Memory::kOwnRows), int(ceil_div(streamed.N, kRows))},
       call};
-  launch<kKernel, kThreads<kGroups>, int(sizeof(Memory))>(
-      name, std::min<int64_t>(tiles, multiprocessors()), kThreads<kGroups>, stream, args);
+  launch<kKernel, kThreads<kGroups>, int(sizeof(Memory))>(name, args.work.tiling.blocks(),
+                                                          kThreads<kGroups>, stream, args);
 }
-
-struct Cut {
-  int groups, rows;
-};
 
 // Steps of 128 rows fit into the registers of two warpgroups, and their products read less shared
-// memory, for what they compute, than those of 64. Where each warpgroup can have a multiprocessor
-// of its own, it does. Either way a row meets the same steps, so that a sample does not depend on
-// its batch. None of this was measured: docs/hardware.md says how.
-Cut choose(const Shape& shape, int64_t N) {
-  const int64_t warpgroups = shape.B * shape.H * ceil_div(N, kRowsOfProduct);
-  return {N <= kRowsOfProduct || warpgroups <= multiprocessors() ? 1 : 2, 128};
-}
-
-// For blocks that own rows of heads of N. PIXART_ATTENTION_BWD_TILE is for measurements.
-Cut asked_or_chosen(const Shape& shape, int64_t N) {
-  const char* asked = std::getenv("PIXART_ATTENTION_BWD_TILE");
-  if (asked == nullptr) return choose(shape, N);
-  for (const Cut cut : {Cut{1, 128}, Cut{2, 128}, Cut{2, 64}}) {
-    if (asked == std::to_string(cut.groups) + "x" + std::to_string(cut.rows)) return cut;
-  }
-  throw std::invalid_argument("PIXART_ATTENTION_BWD_TILE is '" + std::string(asked) +
-                              "'; accepted: 1x128, 2x128, 2x64");
+// memory, for what they compute, than those of 64.
+Cut cut_of(const Shape& shape, int64_t N) {
+  return asked_or_chosen("PIXART_ATTENTION_BWD_TILE", {{1, 128}, {2, 128}, {2, 64}}, shape, N);
 }
 
 // Calls f(groups, rows) with constants.
@@ -502,11 +457,11 @@ void visit(const Cut& cut, F f) {
 template <class T>
 void backward(const Backward& call, void* stream) {
   const Side queries{call.q, call.dout, call.shape.Nq}, keys{call.k, call.v, call.shape.Nk};
-  visit(asked_or_chosen(call.shape, queries.N), [&](auto groups, auto rows) {
+  visit(cut_of(call.shape, queries.N), [&](auto groups, auto rows) {
     launch_for<dq_kernel<T, groups, rows>, groups, rows>("attention's dq", call, queries, keys,
                                                          stream);
   });
-  visit(asked_or_chosen(call.shape, keys.N), [&](auto groups, auto rows) {
+  visit(cut_of(call.shape, keys.N), [&](auto groups, auto rows) {
     launch_for<dkdv_kernel<T, groups, rows>, groups, rows>("attention's dk and dv", call, keys,
                                                            queries, stream);
   });

@@ -4,9 +4,6 @@
 // last, which may be short, down to the first. The scores of a warpgroup's next tile are computed
 // while its present one goes through the softmax, and warpgroups start their products by turns, so
 // that one's softmax also runs beside the other's products.
-#include <cstdlib>
-#include <string>
-
 #include "sm90.cuh"
 
 namespace pixart::attention {
@@ -17,15 +14,12 @@ using hopper::kWarpgroup;
 constexpr int kRows = hopper::kRowsOfProduct;  // of a warpgroup
 constexpr int kStages = 2;                     // tiles of keys under way
 
-template <int kGroups>
-constexpr int kThreads = (1 + kGroups) * kWarpgroup;
-
 struct ForwardArgs {
   TensorMap q, k, v;
   Heads out;
   float* lse;  // [B, H, Nq]
-  int Nq, Nk, tiles, tiles_of_keys;
-  unsigned H, tiles_of_head;
+  int Nq, Nk, tiles_of_keys;
+  Tiling tiling;
 };
 
 template <int kGroups, int kKeys>
@@ -49,19 +43,6 @@ struct Shared {
   }
 };
 
-// A block's tiles are those whose number leaves its own by the number of blocks. Neighbours share a
-// head, and with it keys and values in the cache.
-struct Place {
-  int batch, head, row;
-
-  __device__ __forceinline__ Place(const ForwardArgs& args, int tile, int rows) {
-    const unsigned of_head = unsigned(tile) / args.tiles_of_head;
-    batch = int(of_head / args.H);
-    head = int(of_head % args.H);
-    row = int(unsigned(tile) % args.tiles_of_head) * rows;
-  }
-};
-
 // By one thread.
 template <int kGroups, int kKeys>
 __device__ void produce(const ForwardArgs& args, Shared<kGroups, kKeys>& shared) {
@@ -74,8 +55,8 @@ __device__ void produce(const ForwardArgs& args, Shared<kGroups, kKeys>& shared)
     shared.v[values.stage].load(args.v, full, j * kKeys, place.head, place.batch);
     values.next();
   };
-  for (int tile = blockIdx.x; tile < args.tiles; tile += gridDim.x) {
-    const Place place(args, tile, kGroups * kRows);
+  for (uint32_t tile = blockIdx.x; tile < args.tiling.count; tile += gridDim.x) {
+    const Place place(args.tiling, tile, kGroups * kRows);
     hopper::wait(shared.q_empty, queries.parity ^ 1);
     hopper::arrive_and_expect(shared.q_full, Tile<kGroups * kRows>::kBytes);
     shared.q.load(args.q, shared.q_full, place.row, place.head, place.batch);
@@ -104,7 +85,7 @@ class Consumer {
 
   __device__ __forceinline__ void run() {
     if (kGroups > 1 && group_ == kGroups - 1) pass_turn();
-    for (int tile = blockIdx.x; tile < args_.tiles; tile += gridDim.x) attend(tile);
+    for (uint32_t tile = blockIdx.x; tile < args_.tiling.count; tile += gridDim.x) attend(tile);
     // so that no arrival is left behind
     if (kGroups > 1 && group_ == 0) take_turn();
   }
@@ -113,8 +94,8 @@ class Consumer {
   static constexpr int kScores = kKeys / 2, kOut = kHeadDim / 2;  // of a thread
   static constexpr int kKeySteps = kKeys / hopper::kDepthOfProduct;
 
-  __device__ __forceinline__ void attend(int tile) {
-    const Place place(args_, tile, kGroups * kRows);
+  __device__ __forceinline__ void attend(uint32_t tile) {
+    const Place place(args_.tiling, tile, kGroups * kRows);
     hopper::wait(shared_.q_full, queries_.parity);
     queries_.next();
     float scores[kScores], out[kOut], rescale[2];
@@ -258,7 +239,7 @@ class Consumer {
       factor[row] = __fdividef(1.f, sum_[row]);
       const int query = first + thread / 32 * 16 + thread % 32 / 4 + 8 * row;
       if (thread % 4 == 0 && query < args_.Nq) {
-        const int64_t of_head = int64_t(place.batch) * args_.H + place.head;
+        const int64_t of_head = int64_t(place.batch) * args_.tiling.H + place.head;
         args_.lse[of_head * args_.Nq + query] = kScale * max_[row] + log2f(sum_[row]);
       }
     }
@@ -293,42 +274,12 @@ __global__ void __launch_bounds__(kThreads<kGroups>, 1)
   }
 }
 
-struct Cut {
-  int groups, keys;
-};
-
-// Tiles of 128 queries divide the powers of two that images have tokens, and 1024 tokens of 32
-// heads fill 97 % of two waves of 132 multiprocessors, where 192 queries fill 73 %. Where tiles of
-// 64 can have a multiprocessor each, they do. The keys that a query meets at once stay 128, and
-// with them the order of its sums: a sample does not depend on its batch. None of this was
-// measured: docs/hardware.md says how.
-Cut choose(const Shape& shape) {
-  const int64_t warpgroups = shape.B * shape.H * ((shape.Nq + kRows - 1) / kRows);
-  return {shape.Nq <= kRows || warpgroups <= multiprocessors() ? 1 : 2, 128};
-}
-
-// PIXART_ATTENTION_TILE, for measurements.
-Cut asked_or_chosen(const Shape& shape) {
-  const char* asked = std::getenv("PIXART_ATTENTION_TILE");
-  if (asked == nullptr) return choose(shape);
-  for (const Cut cut : {Cut{1, 128}, Cut{2, 128}, Cut{3, 128}, Cut{2, 176}}) {
-    if (asked == std::to_string(cut.groups) + "x" + std::to_string(cut.keys)) return cut;
-  }
-  throw std::invalid_argument("PIXART_ATTENTION_TILE is '" + std::string(asked) +
-                              "'; accepted: 1x128, 2x128, 3x128, 2x176");
-}
-
 template <class T, int kGroups, int kKeys>
 void launch_forward(const Forward& call, void* stream) {
   constexpr int kQueries = kGroups * kRows;
   constexpr int kBytes = sizeof(Shared<kGroups, kKeys>);
   static_assert(kBytes <= hopper::kMostShared);
   const Shape& shape = call.shape;
-  const int64_t of_head = (shape.Nq + kQueries - 1) / kQueries;
-  if (shape.B * shape.H * of_head > INT32_MAX) {
-    throw std::invalid_argument("attention: too many heads and queries");
-  }
-  const int tiles = int(shape.B * shape.H * of_head), room = multiprocessors();
   const ForwardArgs args{
       map_of(call.q, call.dtype, shape.Nq, shape, kQueries),
       map_of(call.k, call.dtype, shape.Nk, shape, kKeys),
@@ -337,19 +288,20 @@ void launch_forward(const Forward& call, void* stream) {
       call.lse,
       int(shape.Nq),
       int(shape.Nk),
-      tiles,
-      int((shape.Nk + kKeys - 1) / kKeys),
-      unsigned(shape.H),
-      unsigned(of_head),
+      int(ceil_div(shape.Nk, kKeys)),
+      Tiling(shape, shape.Nq, kQueries),
   };
   launch<fwd_kernel<T, kGroups, kKeys>, kThreads<kGroups>, kBytes>(
-      "attention", tiles < room ? tiles : room, kThreads<kGroups>, stream, args);
+      "attention", args.tiling.blocks(), kThreads<kGroups>, stream, args);
 }
 
 template <class T>
 void forward(const Forward& call, void* stream) {
-  const Cut cut = asked_or_chosen(call.shape);
-  if (cut.keys == 176) return launch_forward<T, 2, 176>(call, stream);
+  // Tiles of 128 queries divide the powers of two that images have tokens, and 1024 tokens of 32
+  // heads fill 97 % of two waves of 132 multiprocessors, where 192 queries fill 73 %.
+  const Cut cut = asked_or_chosen("PIXART_ATTENTION_TILE", {{1, 128}, {2, 128}, {3, 128}, {2, 176}},
+                                  call.shape, call.shape.Nq);
+  if (cut.rows == 176) return launch_forward<T, 2, 176>(call, stream);
   if (cut.groups == 1) return launch_forward<T, 1, 128>(call, stream);
   if (cut.groups == 2) return launch_forward<T, 2, 128>(call, stream);
   return launch_forward<T, 3, 128>(call, stream);

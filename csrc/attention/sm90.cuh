@@ -3,6 +3,11 @@
 // back. Formulas: pixart_kernels/attention/README.md.
 #pragma once
 
+#include <cstdlib>
+#include <initializer_list>
+#include <stdexcept>
+#include <string>
+
 #include "../include/hopper.cuh"
 #include "attention.h"
 
@@ -83,6 +88,68 @@ inline TensorMap map_of(const Heads& heads, DType dtype, int64_t N, const Shape&
                                bytes(shape.B, heads.stride_b)};
   const uint32_t box[4] = {kPanelColumns, 1, uint32_t(rows), 1};
   return hopper::tensor_map(heads.data, dtype, sizes, strides, box, kPanelRow);
+}
+
+// One warpgroup copies, kGroups compute.
+template <int kGroups>
+constexpr int kThreads = (1 + kGroups) * hopper::kWarpgroup;
+
+inline int64_t ceil_div(int64_t a, int64_t b) {
+  return (a + b - 1) / b;
+}
+
+// The tiles of all heads. 32 bits: dividing 64 bits calls a routine.
+struct Tiling {
+  uint32_t H, of_head, count;
+
+  Tiling(const Shape& shape, int64_t N, int rows_of_tile)
+      : H(uint32_t(shape.H)), of_head(uint32_t(ceil_div(N, rows_of_tile))) {
+    const int64_t all = shape.B * shape.H * ceil_div(N, rows_of_tile);
+    if (all > INT32_MAX) throw std::invalid_argument("attention: too many heads and tokens");
+    count = uint32_t(all);
+  }
+
+  int blocks() const { return int(count) < multiprocessors() ? int(count) : multiprocessors(); }
+};
+
+// A block's tiles are those whose number leaves its own by the number of blocks. Neighbours share a
+// head, and with it what they stream, in the cache.
+struct Place {
+  int batch, head, row;
+
+  __device__ __forceinline__ Place(const Tiling& tiling, uint32_t tile, int rows_of_tile) {
+    const uint32_t heads = tile / tiling.of_head;
+    batch = int(heads / tiling.H);
+    head = int(heads % tiling.H);
+    row = int(tile % tiling.of_head) * rows_of_tile;
+  }
+};
+
+// Warpgroups of a block, 64 rows each, and how many rows of the other side they meet at once.
+struct Cut {
+  int groups, rows;
+};
+
+// For blocks that own rows of heads of N. Two warpgroups share what they meet; where each can have
+// a multiprocessor of its own, it does. Either way a row meets the same steps, so that a sample
+// does not depend on its batch. None of this was measured: docs/hardware.md says how.
+inline Cut choose(const Shape& shape, int64_t N) {
+  const int64_t warpgroups = shape.B * shape.H * ceil_div(N, hopper::kRowsOfProduct);
+  return {N <= hopper::kRowsOfProduct || warpgroups <= multiprocessors() ? 1 : 2, 128};
+}
+
+// What an environment variable says, for measurements, or what is chosen.
+inline Cut asked_or_chosen(const char* variable, std::initializer_list<Cut> accepted,
+                           const Shape& shape, int64_t N) {
+  const char* asked = std::getenv(variable);
+  if (asked == nullptr) return choose(shape, N);
+  std::string names;
+  for (const Cut cut : accepted) {
+    const std::string name = std::to_string(cut.groups) + "x" + std::to_string(cut.rows);
+    if (asked == name) return cut;
+    names += (names.empty() ? "" : ", ") + name;
+  }
+  throw std::invalid_argument(std::string(variable) + " is '" + asked + "'; accepted: " + names);
 }
 
 // A place in a ring of kStages buffers, and the parity of the phase that its barriers are in.

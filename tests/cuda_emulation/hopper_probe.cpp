@@ -11,7 +11,7 @@ using namespace pixart::attention;
 namespace hopper = pixart::hopper;
 
 constexpr int kRows = 64, kTiles = 5, kStages = 2;
-constexpr int kThreads = 2 * hopper::kWarpgroup;
+constexpr int kProbeThreads = 2 * hopper::kWarpgroup;
 
 struct Call {
   const char* fault;  // or "none"
@@ -60,7 +60,7 @@ void probe(const __grid_constant__ Call call) {
     return;
   }
   hopper::take_registers<232>();
-  if (fault("part-of-warpgroup") && threadIdx.x >= kThreads - 32) return;
+  if (fault("part-of-warpgroup") && threadIdx.x >= kProbeThreads - 32) return;
   float out[36];
   hopper::wait(memory.full_q, 0);
   for (int tile = 0; tile < kTiles; ++tile, ring.next()) {
@@ -132,7 +132,7 @@ int main(int, char** argv) {
     return map_of({data.data(), 0, kHeadDim, 0}, DType::kBFloat16, rows, shape, kRows);
   };
   const Call call{argv[1], map(q, kRows), map(k, rows_of_k), out.data()};
-  launch<probe, kThreads, sizeof(Memory)>("probe", 1, kThreads, nullptr, call);
+  launch<probe, kProbeThreads, sizeof(Memory)>("probe", 1, kProbeThreads, nullptr, call);
   const auto at = [](const std::vector<Bf16>& data, int row, int column) {
     return widen(data[row * kHeadDim + column]);
   };
