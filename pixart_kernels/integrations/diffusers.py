@@ -122,7 +122,8 @@ def patch(model_or_pipeline: Any) -> Report:
 
     Args:
         model_or_pipeline: a ``PixArtTransformer2DModel``, or any pipeline that has one as
-            ``transformer``: with adapters, hooks, fused projections, quantised layers or without.
+            ``transformer``: with adapters, hooks, fused projections, quantised layers or without,
+            and inside what torch.compile, DistributedDataParallel or peft put around it.
 
     Returns:
         What was replaced, by which backend, and why the rest was not. A second patch changes
@@ -135,10 +136,9 @@ def patch(model_or_pipeline: Any) -> Report:
             cannot run.
     """
     model = _transformer(model_or_pipeline)
-    for name, block in model.transformer_blocks.named_children():
-        _check_block(name, block)
-    device = getattr(model_or_pipeline, "_execution_device", None) or model.device
-    report = _report(model, torch.device(device))
+    for index, block in enumerate(_blocks(model)):
+        _check_block(index, block)
+    report = _report(model, _execution_device(model_or_pipeline, model))
     slots = [(*_innermost(module), module, ours) for module, ours in _targets(model)]
     for owner, name, module, ours in slots:
         found = getattr(owner, name).__func__
@@ -172,7 +172,11 @@ def unpatch(model_or_pipeline: Any) -> None:
 
 def _transformer(model_or_pipeline: Any) -> PixArtTransformer2DModel:
     model = getattr(model_or_pipeline, "transformer", model_or_pipeline)
-    model = getattr(model, "_orig_mod", model)  # of torch.compile
+    while isinstance(model, nn.Module) and not isinstance(model, PixArtTransformer2DModel):
+        if hasattr(model, "get_base_model"):  # of peft
+            model = model.get_base_model()
+        else:  # torch.compile, or DistributedDataParallel
+            model = getattr(model, "_orig_mod", getattr(model, "module", None))
     if not isinstance(model, PixArtTransformer2DModel):
         raise TypeError(
             f"pk.patch: `model_or_pipeline` is a {type(model_or_pipeline).__name__}; accepted: a "
@@ -181,7 +185,23 @@ def _transformer(model_or_pipeline: Any) -> PixArtTransformer2DModel:
     return model
 
 
-def _check_block(name: str, block: nn.Module) -> None:
+def _blocks(model: PixArtTransformer2DModel) -> list[nn.Module]:
+    # inside those that torch.compile was given
+    return [getattr(block, "_orig_mod", block) for block in model.transformer_blocks]
+
+
+def _execution_device(model_or_pipeline: Any, model: PixArtTransformer2DModel) -> torch.device:
+    """Where calls run: offloaded weights are elsewhere, or nowhere."""
+    device = getattr(model_or_pipeline, "_execution_device", None)
+    for module in model.modules() if device is None else ():
+        hook = getattr(module, "_hf_hook", None)  # of accelerate
+        for part in (hook, *getattr(hook, "hooks", ())):
+            if getattr(part, "execution_device", None) is not None:
+                return torch.device(part.execution_device)
+    return torch.device(device or model.device)
+
+
+def _check_block(index: int, block: nn.Module) -> None:
     if not isinstance(block, BasicTransformerBlock):
         found = f"a {type(block).__name__}"
     elif block.norm_type != "ada_norm_single" or block.pos_embed is not None:
@@ -193,7 +213,7 @@ def _check_block(name: str, block: nn.Module) -> None:
     else:
         return
     raise ValueError(
-        f"pk.patch: block {name} is {found}; accepted: a BasicTransformerBlock with norm_type "
+        f"pk.patch: block {index} is {found}; accepted: a BasicTransformerBlock with norm_type "
         "'ada_norm_single', norms without weights, and self- and cross-attention"
     )
 
@@ -201,7 +221,7 @@ def _check_block(name: str, block: nn.Module) -> None:
 def _targets(model: PixArtTransformer2DModel) -> Iterator[tuple[Any, Any]]:
     """Every module whose forward is replaced, and by what."""
     yield model, _model_forward
-    for block in model.transformer_blocks:
+    for block in _blocks(model):
         yield block, _block_forward
         yield block.attn1, _attention_forward
         yield block.attn2, _attention_forward
@@ -289,7 +309,7 @@ def _replacing(model: PixArtTransformer2DModel, x: Tensor) -> frozenset[str]:
 def _report(model: PixArtTransformer2DModel, device: torch.device) -> Report:
     x = torch.empty((1, 1, model.inner_dim), device=device, dtype=model.dtype)
     ops, sites = _replacing(model, x), []
-    found = Counter(site for block in model.transformer_blocks for site in _sites(block))
+    found = Counter(site for block in _blocks(model) for site in _sites(block))
     for (op, reason), count in found.items():
         backend, facts = "stock", _facts(op, model)
         if reason is None and op in ops:
@@ -350,7 +370,7 @@ def _prepare(
     ops = _replacing(model, latents)
     if not ops:
         return text, mask, None
-    attentions = [part for b in model.transformer_blocks for part in (b.attn1, b.attn2)]
+    attentions = [part for b in _blocks(model) for part in (b.attn1, b.attn2)]
     real = None
     # a processor of somebody else's may know tokens by their places
     if "cross_attention" in ops and not any(map(_why_not_attention, attentions[1::2])):
