@@ -104,7 +104,8 @@ def parts(grid: tuple[int, int], device: torch.device, dtype: torch.dtype) -> li
 
     def call_block(module, x, branch, text, t0, table_before) -> Outputs:
         pending = branch, (table_before, t0)
-        return module(x, pending, grid, text, lengths, (module.scale_shift_table, t0))
+        x, (mlp, _) = module(x, pending, grid, text, lengths, t0[:, :D], t0)
+        return x, mlp
 
     tokens, vectors = (B, N, D), (leaf(B, 6 * D), leaf(6, D))
     block_inputs = [leaf(*tokens), leaf(*tokens), leaf(B, TEXT_TOKENS, D), *vectors]

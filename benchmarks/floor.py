@@ -12,7 +12,7 @@ import argparse
 import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -32,100 +32,11 @@ from benchmarks.cuda import COPY
 from benchmarks.environment import RESULTS, environment, write
 from pixart import PixArt, PixArtConfig
 from pixart.checkpoints import diffusers_config
+from pixart.planning import Site, block_sites, model_flops, seconds, tokens_of
 
 PIXELS = (256, 512, 1024, 2048)
 TEXTS = (120, 300)
-ELEMENT = 2  # bytes: bf16
 MODELS = ("ours", "definitions", "diffusers")
-
-
-@dataclass(frozen=True)
-class Site:
-    """A place of DESIGN's block: of one pass the FLOPs of its products, and its bytes."""
-
-    name: str
-    flops: int
-    bytes: int
-    backward_flops: int
-    backward_bytes: int
-
-
-def tokens_of(pixels: int, config: PixArtConfig) -> int:
-    return (pixels // 8 // config.patch_size) ** 2
-
-
-def block_sites(
-    config: PixArtConfig, tokens: int, text: int, batch: int = 1, residual: int = ELEMENT
-) -> list[Site]:
-    """The sites of one block, in the order of its forward.
-
-    An op reads each of its inputs once and writes each of its outputs once, in bf16; ``residual``
-    is the bytes of an element of the residual stream, 2 or 4. The backward's bytes contain what it
-    makes again. Vectors (tables, biases, lengths, statistics) are left out, as are sums of
-    gradients outside of ops.
-    """
-    a, r, D, F = ELEMENT, residual, config.hidden_size, int(config.hidden_size * config.mlp_ratio)
-    BN, BL = batch * tokens, batch * text
-    image = BN * D  # elements of a tensor of image tokens
-    both = a + (a if r != a else 0)  # a branch, or what asks the text, where it needs a copy
-
-    def matmul(name: str, rows: int, inputs: int, outputs: int) -> Site:
-        flops, weight = 2 * rows * inputs * outputs, inputs * outputs
-        once = a * (rows * (inputs + outputs) + weight)
-        # the input's gradient, and the weight's: each reads the output's
-        return Site(name, flops, once, 2 * flops, 2 * once)
-
-    def attend(name: str, keys: int, of_keys: int) -> Site:
-        flops = 4 * batch * tokens * keys * D
-        # scores again, and four products; reads q, out, its gradient and k, v, writes three
-        return Site(
-            name,
-            flops,
-            a * (2 * image + of_keys),
-            5 * flops // 2,
-            a * (4 * image + 2 * of_keys),
-        )
-
-    def elementwise(name: str, forward: int, backward: int) -> Site:
-        return Site(name, 0, forward, 0, backward)
-
-    enter = (2 * r + 2 * a) * image
-    add = (2 * r + both) * image
-    normalise = (2 * r + 2 * a) * image
-    gelu = 2 * a * BN * F
-    return [
-        # backward: x, the branch and the gradients of x and h; of x and of the branch. And again.
-        elementwise("add MLP, LN-modulate", enter, (3 * r + 3 * a) * image + enter),
-        matmul("qkv", BN, D, 3 * D),
-        attend("self-attention", tokens, 2 * image),
-        matmul("proj", BN, D, D),
-        # backward: the branch, the gradients of x and of the query; of x and of the branch
-        elementwise("add attention", add, (2 * r + 3 * a) * image + add),
-        matmul("text: q", BN, D, D),
-        matmul("text: k, v", BL, D, 2 * D),
-        attend("cross-attention", text, 2 * BL * D),
-        matmul("text: proj", BN, D, D),
-        # backward: x, the gradients of x and h; of x, and rounded for the branch. Again, h alone.
-        elementwise(
-            "add text, LN-modulate",
-            normalise,
-            (3 * r + a + (both - a) + r + a) * image,
-        ),
-        matmul("fc1", BN, D, F),
-        elementwise("GELU", gelu, gelu * 3 // 2 + gelu),
-        matmul("fc2", BN, F, D),
-    ]
-
-
-def model_flops(config: PixArtConfig, tokens: int, text: int, batch: int = 1) -> int:
-    """Of one forward of a whole model: matrix products, attention, the first convolution."""
-    D, p = config.hidden_size, config.patch_size
-    pixel = p * p
-    ends = batch * tokens * D * pixel * (config.in_channels + config.out_channels)
-    captions = batch * text * D * (config.caption_channels + D)
-    times = batch * D * (256 + D + 6 * D)
-    blocks = sum(site.flops for site in block_sites(config, tokens, text, batch))
-    return config.depth * blocks + 2 * (ends + captions + times)
 
 
 class MovedBytes(TorchDispatchMode):
@@ -228,11 +139,6 @@ def counted_block(
         name: {key: two[name][key] - one[name][key] for key in two[name]}
         for name in ("forward", "step")
     }
-
-
-def seconds(flops: int, moved: int, tflops: float, gbs: float) -> float:
-    """The least that an op takes at these rates: what it waits for longer."""
-    return max(flops / (1e12 * tflops), moved / (1e9 * gbs))
 
 
 def measured_rates(folder: Path) -> tuple[float, float]:

@@ -160,6 +160,9 @@ presets: dict[str, PixArtConfig] = {
     "sigma-2k": _sigma(2048),
     "sigma-1024-kv": _sigma(1024, kv_compression=_KV_CONV),
     "sigma-2k-kv": _sigma(2048, kv_compression=_KV_CONV),
+    # as many pixels as 3840 x 2160
+    "sigma-4k": _sigma(2880),
+    "sigma-4k-kv": _sigma(2880, kv_compression=_KV_CONV),
     "900m-1024": _sigma(1024, depth=42),
     "adaln-256": _alpha(256, conditioning="adaln"),
     "dit-256": _alpha(256, conditioning="class"),

@@ -18,11 +18,13 @@ from typing import Any, Literal, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed import ProcessGroup
 from torch.utils.checkpoint import checkpoint
 
 import pixart_kernels as pk
 from pixart.config import PixArtConfig
 from pixart.recompute import Recipe, recomputing
+from pixart.sequence import SharedTokens
 
 # rows of a block's scale_shift_table; the final layer's table has the first two alone
 SHIFT_ATTN, SCALE_ATTN, GATE_ATTN, SHIFT_MLP, SCALE_MLP, GATE_MLP = range(6)
@@ -158,6 +160,7 @@ class SelfAttention(nn.Module):
         super().__init__()
         D = config.hidden_size
         self.num_heads = config.num_heads
+        self.shared_tokens: SharedTokens | None = None
         self.ratio = config.compression_ratio(layer)
         self.sampling = config.kv_compression["sampling"] if config.kv_compression else None
         self.qkv = nn.Linear(D, 3 * D)
@@ -169,21 +172,44 @@ class SelfAttention(nn.Module):
         self.k_norm = nn.LayerNorm(D) if config.qk_norm else nn.Identity()
 
     def forward(self, x_BND: Tensor, grid: tuple[int, int]) -> Tensor:
-        qkv = self.qkv(x_BND)
+        """``grid`` is the picture's, also where ``x_BND`` has some of its rows alone."""
+        qkv, shared = self.qkv(x_BND), self.shared_tokens
         if self.ratio == 1 and isinstance(self.q_norm, nn.Identity):
-            return self.proj(pk.self_attention(qkv, self.num_heads))
+            if shared is None:
+                return self.proj(pk.self_attention(qkv, self.num_heads))
+            counts = [rows * columns for rows, columns in shared.grids(grid)]
+            qkv = shared.to_heads(qkv.unflatten(-1, (3, self.num_heads, -1)), counts).flatten(2)
+            out = pk.self_attention(qkv, self.num_heads // shared.size)
+            return self.proj(shared.to_tokens(out, counts))
         B, N, D = x_BND.shape
         q, kv = qkv.view(B, N, 3, D).split((1, 2), dim=2)
         q, (k, v) = q.squeeze(2), kv.unbind(2)
         if not isinstance(self.q_norm, nn.Identity):
             # a LayerNorm under autocast returns fp32
             q, k = self.q_norm(q).to(v.dtype), self.k_norm(k).to(v.dtype)
-            if self.ratio > 1:
+            if self.ratio > 1 or shared is not None:
                 kv = torch.stack([k, v], dim=2)
+        if shared is not None:
+            return self.proj(self._attend_shared(shared, q, kv, grid))
         if self.ratio > 1:
             k, v = self.compress(kv, grid).unbind(2)
         q, k, v = (tensor.unflatten(-1, (self.num_heads, -1)) for tensor in (q, k, v))
         return self.proj(pk.attention(q, k, v).reshape(B, N, D))
+
+    def _attend_shared(
+        self, shared: SharedTokens, q: Tensor, kv: Tensor, grid: tuple[int, int]
+    ) -> Tensor:
+        grids, r = shared.grids(grid), self.ratio
+        counts = [rows * columns for rows, columns in grids]
+        kept = counts
+        if r > 1:
+            kv = self.compress(kv, grids[shared.rank])
+            kept = [(rows // r) * (columns // r) for rows, columns in grids]
+            if self.sampling == "uniform_every":
+                kept = [count // r for count in counts]
+        q = shared.to_heads(q.unflatten(-1, (1, self.num_heads, -1)), counts)
+        k, v = shared.to_heads(kv.unflatten(-1, (self.num_heads, -1)), kept).unbind(2)
+        return shared.to_tokens(pk.attention(q.squeeze(2), k, v).flatten(2), counts)
 
     def compress(self, kv: Tensor, grid: tuple[int, int]) -> Tensor:
         """Fewer keys and values, (B, N, 2, D) -> (B, N', 2, D): PixArt-Sigma, section 3.3."""
@@ -248,10 +274,29 @@ class Block(nn.Module):
         grid: tuple[int, int],
         text: Tensor | None,  # (B, L, D), or this block's keys and values
         text_lengths: Tensor | None,  # (B,) int32
-        modulation: Modulation,  # 6 rows
-        selective: bool = False,  # computes all after self-attention again in the backward
+        t: Tensor,  # (B, D)
+        t0: Tensor | None,  # (B, 6 D), with adaLN-single
+        recompute: bool | Literal["selective"] = False,  # PixArt.gradient_checkpointing
+    ) -> tuple[Tensor, Pending | None]:
+        """The residual stream, and what it lacks: what follows adds this block's MLP to it."""
+        modulation = self.modulation(t, t0)
+        if recompute is True:
+            inputs = (x, grid, text, text_lengths, modulation)
+            return checkpoint(self._whole, *inputs, **CHECKPOINT), None
+        selective = recompute == "selective"
+        x, mlp = self._parts(x, pending, grid, text, text_lengths, modulation, selective)
+        return x, (mlp, modulation)
+
+    def _parts(
+        self,
+        x: Tensor,
+        pending: Pending | None,
+        grid: tuple[int, int],
+        text: Tensor | None,
+        text_lengths: Tensor | None,
+        modulation: Modulation,
+        selective: bool = False,
     ) -> tuple[Tensor, Tensor]:
-        """The residual stream, and the MLP's branch, which what follows adds to it."""
         # named, because the backward may make them again where another backend is in force
         enter = partial(_enter, x, pending, modulation, pk.current_backend())
         with recomputing() as again:
@@ -293,7 +338,7 @@ class Block(nn.Module):
             again(partial(_before_mlp, x, modulation, h.dtype, backend), h)
             return x, self.mlp(h)
 
-    def whole(
+    def _whole(
         self,
         x: Tensor,
         grid: tuple[int, int],
@@ -301,8 +346,7 @@ class Block(nn.Module):
         text_lengths: Tensor | None,
         modulation: Modulation,
     ) -> Tensor:
-        """The residual stream with the MLP's branch already added."""
-        x, mlp = self(x, None, grid, text, text_lengths, modulation)
+        x, mlp = self._parts(x, None, grid, text, text_lengths, modulation)
         return pk.gated_residual(x, mlp, *modulation, gate_row=GATE_MLP)
 
 
@@ -362,6 +406,8 @@ class PixArt(nn.Module):
         # what the backward computes again, besides what costs next to nothing: nothing, all of a
         # block after its self-attention, or all of it
         self.gradient_checkpointing: bool | Literal["selective"] = False
+        # with other processes; see share_tokens
+        self.shared_tokens: SharedTokens | None = None
         D = config.hidden_size
         self.x_embedder = PatchEmbed(config.in_channels, D, config.patch_size)
         self.t_embedder = ScalarEmbedder(D)
@@ -427,18 +473,36 @@ class PixArt(nn.Module):
         grid = (latents.shape[2] // p, latents.shape[3] // p)
         x = self.x_embedder(latents.to(dtype))
         x = x + self.position_embedding(grid, x.device).to(dtype)
-        *modulations, last = (layer.modulation(t, t0) for layer in (*self.blocks, self.final_layer))
+        if self.shared_tokens is not None:
+            x = self.shared_tokens.split(x, grid)
+        recompute = self.gradient_checkpointing if torch.is_grad_enabled() else False
         pending = None
-        for block, text, modulation in zip(self.blocks, texts, modulations, strict=True):
-            inputs = (grid, text, text_lengths, modulation)
-            if self.gradient_checkpointing is True and torch.is_grad_enabled():
-                x = checkpoint(block.whole, x, *inputs, **CHECKPOINT)
-            else:
-                selective = self.gradient_checkpointing == "selective"
-                x, mlp = block(x, pending, *inputs, selective=selective)
-                pending = mlp, modulation
-        _, h = _enter(x, pending, last, pk.current_backend())
-        return self._unpatchify(self.final_layer.linear(h), grid)
+        for block, text in zip(self.blocks, texts, strict=True):
+            x, pending = block(x, pending, grid, text, text_lengths, t, t0, recompute)
+        _, h = _enter(x, pending, self.final_layer.modulation(t, t0), pk.current_backend())
+        out = self.final_layer.linear(h)
+        if self.shared_tokens is not None:
+            out = self.shared_tokens.gather(out, grid)
+        return self._unpatchify(out, grid)
+
+    def share_tokens(self, group: ProcessGroup | None) -> None:
+        """From now on each picture's tokens are shared by a group's processes; None: by nobody.
+
+        They must be given the same arguments, and all get the whole output. The gradients of
+        their parameters are those of the sum of what each makes of it.
+
+        Raises ValueError where the group's size does not divide the number of heads.
+        """
+        if group is not None and self.config.num_heads % group.size():
+            raise ValueError(
+                f"{group.size()} processes cannot share {self.config.num_heads} heads evenly"
+            )
+        layers = [module for module in self.modules() if isinstance(module, SelfAttention)]
+        rows = max(layer.ratio for layer in layers)
+        shared = None if group is None else SharedTokens(group, rows)
+        self.shared_tokens = shared
+        for layer in layers:
+            layer.shared_tokens = shared
 
     def embed_time(
         self,

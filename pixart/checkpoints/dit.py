@@ -5,8 +5,10 @@ from __future__ import annotations
 import logging
 import re
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
+from itertools import pairwise
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -29,6 +31,57 @@ _NEW = re.compile(
 _OPTIONAL = re.compile(r".+\.attn\.(q_norm|k_norm|sr|norm)\..+")
 
 
+class Change(NamedTuple):
+    """What became of a part of a model that was made from another."""
+
+    kind: str  # copied, re-parameterised, initialised, ...
+    parts: str  # layers, those of many blocks as one
+    parameters: int
+    how: str
+
+
+def summarise(origins: Mapping[str, tuple[str, str]], model: PixArt) -> list[Change]:
+    """The parts of a model by what became of them.
+
+    Args:
+        origins: for each key of the state dict a kind and how it was done.
+    """
+    state, groups = model.state_dict(), dict.fromkeys(origins.values())
+    found = []
+    for kind, how in sorted(groups, key=lambda group: _KINDS.index(group[0])):
+        keys = [key for key, origin in origins.items() if origin == (kind, how)]
+        count = sum(state[key].numel() for key in keys)
+        found.append(Change(kind, _layers(keys, model.config.depth), count, how))
+    return found
+
+
+_KINDS = ("copied", "re-parameterised", "extended", "initialised")
+COPIED = "copied", ""
+
+
+def _layers(keys: list[str], depth: int) -> str:
+    """Names of layers, those of several blocks as one: ``blocks.2-5.attn.norm``."""
+    blocks: dict[str, list[int]] = {}
+    for key in keys:
+        match = re.fullmatch(r"(?:blocks\.(\d+)\.)?(.+?)(?:\.weight|\.bias)?", key)
+        assert match is not None
+        numbers = blocks.setdefault(match[2] if match[1] is None else f"blocks.*.{match[2]}", [])
+        if match[1] is not None:
+            numbers.append(int(match[1]))
+    names = []
+    for name, numbers in blocks.items():
+        which = _ranges(sorted(set(numbers)))
+        names.append(name if which == _ranges(list(range(depth))) else name.replace("*", which))
+    return ", ".join(sorted(names))
+
+
+def _ranges(numbers: list[int]) -> str:
+    """[0, 2, 3, 4] -> 0,2-4."""
+    breaks = [i for i, (a, b) in enumerate(pairwise(numbers), 1) if b != a + 1]
+    runs = [numbers[i:j] for i, j in pairwise([0, *breaks, len(numbers)])]
+    return ",".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else f"{run[0]}" for run in runs if run)
+
+
 def from_dit(
     source: str | Path | Mapping[str, Tensor] | PixArt,
     config: PixArtConfig,
@@ -45,7 +98,7 @@ def from_dit(
     ratio contribute zero at first; class labels are left behind. With conditioning "adaln" the
     modulation layers are copied, and the two models agree at every timestep.
 
-    What was copied, re-parameterised and left fresh is logged at level INFO.
+    What was copied, re-parameterised and initialised is logged at level INFO.
 
     Args:
         source: a DiT checkpoint, or its tensors by name, or a ``PixArt`` of conditioning "class"
@@ -69,6 +122,19 @@ def from_dit(
             "(PixArt.from_pretrained reads a DiT as it is)"
         )
     state, name = _tensors(source)
+    model, origins = reparameterise(state, config, name, timestep)
+    if POSITIONS in state and not positions_fit(model, state[POSITIONS]):
+        warnings.warn(positions_differ(model, state[POSITIONS], name), stacklevel=2)
+    for change in summarise(origins, model):
+        how = f" ({change.how})" if change.how else ""
+        log.info("%s: %s%s: %s", name, change.kind, how, change.parts)
+    return model
+
+
+def reparameterise(
+    state: Mapping[str, Tensor], config: PixArtConfig, name: str, timestep: float
+) -> tuple[PixArt, dict[str, tuple[str, str]]]:
+    """:func:`from_dit` of tensors, with what became of each key: see :func:`summarise`."""
     model = PixArt(config)
     own = model.state_dict()
     copied = [key for key in own if not _NEW.fullmatch(key)]
@@ -80,16 +146,29 @@ def from_dit(
         for key in copied:
             own[key].copy_(state[key])
         derived = _share_modulation(model, state, timestep) if hasattr(model, "t_block") else []
-        if config.micro_conditioning:
-            for embedder in ("csize_embedder", "ar_embedder"):
-                model.get_parameter(f"{embedder}.mlp.2.weight").zero_()
-    if POSITIONS in state and not positions_fit(model, state[POSITIONS]):
-        warnings.warn(positions_differ(model, state[POSITIONS], name), stacklevel=2)
-    fresh = own.keys() - set(copied) - set(derived)
-    log.info("%s: copied %s", name, _summary(copied))
-    log.info("%s: re-parameterised at timestep %g: %s", name, timestep, _summary(derived))
-    log.info("%s: fresh: %s", name, _summary(fresh))
-    return model
+        silence_micro_conditions(model)
+    origins = {key: ("initialised", how_initialised(key, config)) for key in own}
+    origins |= dict.fromkeys(copied, COPIED)
+    origins |= dict.fromkeys(derived, ("re-parameterised", f"equal at timestep {timestep:g}"))
+    return model, origins
+
+
+def how_initialised(key: str, config: PixArtConfig) -> str:
+    """Of a part that the model before has not: what it starts as."""
+    if key.startswith(("csize_embedder.", "ar_embedder.")):
+        return "without effect at first"
+    layer = re.match(r"blocks\.(\d+)\.attn\.sr\.", key)
+    if layer:
+        r = config.compression_ratio(int(layer[1]))
+        return f"the average of {r} x {r} tokens"
+    return "LayerNorm of weight 1" if _OPTIONAL.fullmatch(key) else "text is ignored at first"
+
+
+def silence_micro_conditions(model: PixArt) -> None:
+    """Fresh embeddings of size and aspect ratio, where a model has them, add zero."""
+    if model.config.micro_conditioning:
+        for embedder in ("csize_embedder", "ar_embedder"):
+            torch.nn.init.zeros_(model.get_parameter(f"{embedder}.mlp.2.weight"))
 
 
 def _tensors(
@@ -140,11 +219,3 @@ def _share_modulation(model: PixArt, state: Mapping[str, Tensor], timestep: floa
         table = model.get_parameter(derived[-1])
         table.copy_((modulation - added).view_as(table))
     return derived
-
-
-def _summary(keys: Iterable[str]) -> str:
-    """Names of layers, those of all blocks as one."""
-    layers = {re.sub(r"^blocks\.\d+", "blocks.*", key) for key in keys}
-    return (
-        ", ".join(sorted({re.sub(r"\.(weight|bias)$", "", name) for name in layers})) or "nothing"
-    )

@@ -1,7 +1,12 @@
 """What the transformer is conditioned on and works in: text features, VAE latents, their cache."""
 
 from pixart.conditioning.cache import CacheMetadata, CacheWriter, FeatureCache, collate
-from pixart.conditioning.encode import EncodeReport, TooManyBadSamplesError, encode_dataset
+from pixart.conditioning.encode import (
+    EncodeReport,
+    TooManyBadSamplesError,
+    bucket_table,
+    encode_dataset,
+)
 from pixart.conditioning.files import CorruptCacheError
 from pixart.conditioning.text import TextEncoder
 from pixart.conditioning.vae import VAE
@@ -15,6 +20,7 @@ __all__ = [
     "FeatureCache",
     "TextEncoder",
     "TooManyBadSamplesError",
+    "bucket_table",
     "collate",
     "encode_dataset",
 ]

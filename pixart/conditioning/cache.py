@@ -361,6 +361,10 @@ class FeatureCache(Dataset[dict[str, Any]]):
         """(C, h, w) of every sample, in order, for bucketing; reads the shards' headers alone."""
         return [tuple(row["latent"]) for entry in self._entries for row in self._rows(entry)]
 
+    def image_sizes(self) -> list[tuple[int, int]]:
+        """(height, width) in pixels of every original image, in order; reads headers alone."""
+        return [tuple(row["size"]) for entry in self._entries for row in self._rows(entry)]
+
     def _rows(self, entry: dict[str, Any]) -> list[dict[str, Any]]:
         return read_header(self.folder, entry)["samples"]
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 import os
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
@@ -13,8 +14,9 @@ from pathlib import Path
 
 import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
 
-from pixart.conditioning.cache import CacheMetadata, CacheWriter
+from pixart.conditioning.cache import CacheMetadata, CacheWriter, FeatureCache
 from pixart.conditioning.text import TextEncoder
 from pixart.conditioning.vae import VAE
 from pixart.data.sources import BadSample, ImageSample, ImageSource
@@ -22,6 +24,8 @@ from pixart.data.sources import BadSample, ImageSample, ImageSource
 SKIPPED = "skipped.jsonl"
 # Decoded images kept back to fill batches of one size; bounds memory when every size differs.
 _MAX_WAITING_BATCHES = 8
+# Of a batch: an autoencoder's first layers keep 128 channels or so for each.
+_MAX_BATCH_PIXELS = 16 * 512**2
 
 
 class TooManyBadSamplesError(RuntimeError):
@@ -57,7 +61,8 @@ def encode_dataset(
 
     Args:
         source: e.g. an `ImageFolder`; read from several threads, in order.
-        batch_size: images, and captions, per forward pass.
+        batch_size: images, and captions, per forward pass; fewer where images are above 512
+            pixels square, so that 2K and 4K fit the same device.
         samples_per_shard: what a kill can cost at most, and the size of one file.
         device: where to move both encoders; None leaves them where they are.
         dtype: of the stored caption features, float16 or bfloat16.
@@ -116,6 +121,11 @@ def encode_dataset(
         seen: set[str] = set()
         waiting: dict[tuple[int, int], list[ImageSample]] = {}  # by image size
 
+        def share(size: tuple[int, int]) -> float:
+            """Of a full batch, that is waiting."""
+            full = max(1, min(batch_size, _MAX_BATCH_PIXELS // math.prod(size)))
+            return len(waiting[size]) / full
+
         def encode_group(size: tuple[int, int]) -> None:
             nonlocal encoded
             group = waiting.pop(size)
@@ -143,13 +153,37 @@ def encode_dataset(
             seen.add(loaded.key)
             size = (loaded.image.shape[1], loaded.image.shape[2])
             waiting.setdefault(size, []).append(loaded)
-            if len(waiting[size]) == batch_size:
+            if share(size) == 1:
                 encode_group(size)
-            elif sum(map(len, waiting.values())) >= _MAX_WAITING_BATCHES * batch_size:
-                encode_group(max(waiting, key=lambda size: len(waiting[size])))
+            elif sum(map(share, waiting)) >= _MAX_WAITING_BATCHES:
+                encode_group(max(waiting, key=share))
         for size in list(waiting):
             encode_group(size)
     return EncodeReport(encoded=encoded, already_present=present, skipped=skipped)
+
+
+def bucket_table(cache: FeatureCache, factor: int) -> Table:
+    """What a cache holds, by the size of the encoded images: for people.
+
+    Args:
+        factor: pixels per latent pixel along each side: `VAE.factor`.
+    """
+    buckets = [(factor * h, factor * w) for _, h, w in cache.latent_shapes()]
+    enlarged = Counter(
+        bucket
+        for bucket, (height, width) in zip(buckets, cache.image_sizes(), strict=True)
+        if min(height / bucket[0], width / bucket[1]) < 1
+    )
+    counts = Counter(buckets)
+    table = Table("width x height", "images", "share", "enlarged")
+    for bucket in sorted(counts, key=lambda size: size[0] / size[1]):
+        count, (height, width) = counts[bucket], bucket
+        share = f"{count / len(buckets):.1%}"
+        table.add_row(f"{width} x {height}", f"{count:,}", share, f"{enlarged[bucket]:,}")
+    skipped = cache.folder / SKIPPED
+    if skipped.exists() and (rows := skipped.read_text(encoding="utf-8").splitlines()):
+        table.caption = f"{len(rows):,} more were skipped: {SKIPPED}"
+    return table
 
 
 def _reject(sample: ImageSample, seen: set[str], factor: int) -> BadSample | None:

@@ -15,9 +15,13 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 
+from pixart.data.aspect_ratios import nearest
+
 IMAGE_SUFFIXES = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"})
 MAX_PIXELS = 100_000_000  # decoded RGB stays under 300 MB; larger files are mostly bombs or maps
 MIN_SIDE = 8  # one latent pixel of the usual 8x VAEs
+# longer side over shorter, for buckets that end at 4 as the papers'; they too drop what is taller
+MAX_RATIO = 4.5
 
 
 class BadSample(Exception):
@@ -59,20 +63,22 @@ class ImageFolder:
 
     Args:
         folder: where the images are; keys are paths relative to it, with forward slashes.
-        size: side in pixels of the square each image is cut to: the largest centred square is
-            resampled (Lanczos, antialiased), which equals covering and then cropping. None keeps
-            the image as it is.
+        size: what each image is cut to: side in pixels of a square, or (height, width) of several
+            buckets, of which the nearest in shape is taken. The largest centred part of that
+            shape is resampled (Lanczos, antialiased), which equals covering and then cropping and
+            distorts nothing. None keeps the image as it is.
 
     Items are `ImageSample`s. `BadSample` is raised for a missing, unreadable or truncated image,
-    a missing, empty or undecodable caption, more than 100 megapixels, a side under 8 pixels, and
-    a path (or link) that leaves the folder.
+    a missing, empty or undecodable caption, more than 100 megapixels, a side under 8 pixels, a
+    path (or link) that leaves the folder and, for buckets, an image longer than 4.5 to 1.
     """
 
-    def __init__(self, folder: str | Path, size: int | None = None) -> None:
-        if size is not None and (isinstance(size, bool) or not isinstance(size, int) or size < 1):
+    def __init__(self, folder: str | Path, size: int | list[tuple[int, int]] | None = None) -> None:
+        is_side = isinstance(size, int) and not isinstance(size, bool) and size >= 1
+        if not is_side and size is not None and not (isinstance(size, list) and size):
             raise ValueError(
-                f"size={size!r}: a positive side length in pixels or None is accepted; "
-                "pass None to keep each image's own size"
+                f"size={size!r}: a positive side length in pixels, a list of (height, width) or "
+                "None is accepted; pass None to keep each image's own size"
             )
         self.folder = Path(folder)
         if not self.folder.is_dir():
@@ -119,8 +125,10 @@ class ImageFolder:
             raise BadSample(key, "the caption is no valid Unicode")
         image = _load_rgb(key, path)
         height, width = image.height, image.width
-        if self.size is not None:
-            image = _cover_square(image, self.size)
+        if isinstance(self.size, int):
+            image = _cover(image, (self.size, self.size))
+        elif self.size is not None:
+            image = _cover(image, _bucket(key, image, self.size))
         pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)
         return ImageSample(key, pixels.to(torch.float32) / 127.5 - 1.0, caption, (height, width))
 
@@ -198,14 +206,24 @@ def _load_rgb(key: str, path: Path) -> Image.Image:
     return image.convert("RGB")
 
 
-def _cover_square(image: Image.Image, size: int) -> Image.Image:
-    """The centred square of `image` at `size` x `size`.
+def _bucket(key: str, image: Image.Image, sizes: list[tuple[int, int]]) -> tuple[int, int]:
+    longest = max(max(size) / min(size) for size in sizes)
+    limit = MAX_RATIO * max(1, longest / 4)
+    if max(image.size) / min(image.size) > limit:
+        raise BadSample(key, f"{image.width}x{image.height} is longer than {limit:.3g} to 1")
+    return nearest(sizes, image.height / image.width)
 
-    Resampling the square alone, instead of covering first and cropping after, keeps an extreme
+
+def _cover(image: Image.Image, size: tuple[int, int]) -> Image.Image:
+    """The largest centred part of `image` with the shape of `size`, (height, width), at that size.
+
+    Resampling that part alone, instead of covering first and cropping after, keeps an extreme
     aspect ratio from allocating a strip of gigapixels.
     """
-    side = min(image.size)
-    left, top = (image.width - side) / 2, (image.height - side) / 2
-    return image.resize(
-        (size, size), Image.Resampling.LANCZOS, box=(left, top, left + side, top + side)
-    )
+    height, width = size
+    scale = min(image.width / width, image.height / height)
+    # no more than the image, where the product was rounded up
+    columns, rows = min(image.width, scale * width), min(image.height, scale * height)
+    left, top = (image.width - columns) / 2, (image.height - rows) / 2
+    box = (left, top, left + columns, top + rows)
+    return image.resize((width, height), Image.Resampling.LANCZOS, box)

@@ -45,9 +45,13 @@ class _Pictures(Dataset):
 class _Autoencoder(nn.Module):
     """One forward pass for encoder and decoder, as distributed wrappers need."""
 
-    def __init__(self, vae: AutoencoderKL) -> None:
+    def __init__(self, vae: AutoencoderKL, decoder_alone: bool) -> None:
         super().__init__()
-        self.vae = vae
+        self.vae, self.decoder_alone = vae, decoder_alone
+        if decoder_alone:
+            for part in (vae.encoder, vae.quant_conv):
+                if part is not None:
+                    part.requires_grad_(False)
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Reconstructions, and the KL divergence to a unit Gaussian per latent element."""
@@ -59,19 +63,25 @@ class _Autoencoder(nn.Module):
 class Autoencoder:
     """A :class:`pixart.training.trainer.Task`: reconstruction of pictures.
 
-    L1 on pixels and on their differences between neighbours, which keeps edges, plus a little KL
-    (Rombach et al. 2022, section 3.1, without its adversarial term).
+    L1 or squared error of pixels, L1 of their differences between neighbours, which keeps edges,
+    LPIPS (arXiv 1801.03924), plus a little KL (Rombach et al. 2022, section 3.1, without its
+    adversarial term), each with the recipe's weight. Training the decoder alone leaves the
+    encoder, and with it every latent, as it is.
     """
+
+    averages: dict[str, Tensor] | None = None
 
     def __init__(self, recipe: VAERecipe, device: torch.device) -> None:
         self.recipe, self.device = recipe, device
         self.dataset = _Pictures(ImageFolder(recipe.images, recipe.size))
         if len(self.dataset) == 0:
             raise ValueError(f"images: {recipe.images} holds no picture")
+        self.buckets = [recipe.size] * len(self.dataset)
         self.preview_every = recipe.samples_every
         self._bad: dict[str, str] = {}
+        self._perceptual = _lpips(device) if recipe.perceptual_weight else None
         # convolutions are faster on channels that lie together, on CPUs and GPUs alike
-        self.module = _Autoencoder(self._model()).to(device)
+        self.module = _Autoencoder(self._model(), recipe.parts == "decoder").to(device)
         self.module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     def _model(self) -> AutoencoderKL:
@@ -101,14 +111,25 @@ class Autoencoder:
             raise RuntimeError(f"no picture of a batch could be read; the first: {bad[0]}")
         return {"images": torch.stack(images), "bad": bad}
 
+    def flops(self, batch: dict[str, Any]) -> None:
+        return None
+
     def loss(self, module: nn.Module, batch: dict[str, Any]) -> dict[str, Tensor]:
         self._count(batch["bad"])
         images = batch["images"].contiguous(memory_format=torch.channels_last)
         reconstructed, kl = module(images)
         reconstructed = reconstructed.float()
-        l1 = F.l1_loss(reconstructed, images)
-        edges = sum(F.l1_loss(reconstructed.diff(dim=d), images.diff(dim=d)) for d in (2, 3))
-        return {"loss": l1 + edges + self.recipe.kl_weight * kl, "l1": l1, "kl": kl}
+        recipe, l1 = self.recipe, F.l1_loss(reconstructed, images)
+        loss = l1 if recipe.pixel_loss == "l1" else F.mse_loss(reconstructed, images)
+        if recipe.edge_weight:
+            edges = [F.l1_loss(reconstructed.diff(dim=d), images.diff(dim=d)) for d in (2, 3)]
+            loss = loss + recipe.edge_weight * sum(edges)
+        loss = loss + recipe.kl_weight * kl
+        terms = {"l1": l1, "kl": kl}
+        if self._perceptual is not None:
+            terms["lpips"] = self._perceptual(reconstructed, images).mean()
+            loss = loss + recipe.perceptual_weight * terms["lpips"]
+        return {"loss": loss, **terms}
 
     def _count(self, bad: list[tuple[str, str]]) -> None:
         new = {key: reason for key, reason in bad if key not in self._bad}
@@ -137,13 +158,13 @@ class Autoencoder:
     def export(self, module: nn.Module, folder: Path) -> None:
         """``vae/``: a diffusers AutoencoderKL that knows its latents' mean and spread."""
         assert isinstance(module, _Autoencoder)
-        vae, images = module.vae, self._images(STATISTICS_SAMPLES)
-        with torch.no_grad():
-            latents = torch.cat(
-                [vae.encode(part.to(self.device)).latent_dist.mean for part in images.split(32)]
-            )
-        mean, spread = latents.mean().item(), latents.std().item()
-        vae.register_to_config(shift_factor=mean, scaling_factor=1 / spread)
+        vae = module.vae
+        if not module.decoder_alone:
+            images = self._images(STATISTICS_SAMPLES).split(32)
+            with torch.no_grad():
+                latents = [vae.encode(part.to(self.device)).latent_dist.mean for part in images]
+            spread, mean = (x.item() for x in torch.std_mean(torch.cat(latents)))
+            vae.register_to_config(shift_factor=mean, scaling_factor=1 / spread)
         final = folder / "vae"
         vae.save_pretrained(unfinished_folder(final))
         finish_folder(final)
@@ -152,3 +173,15 @@ class Autoencoder:
         step = max(1, len(self.dataset) // count)
         found = (self.dataset[i] for i in range(0, len(self.dataset), step))
         return torch.stack([image for image in found if isinstance(image, Tensor)][:count])
+
+
+def _lpips(device: torch.device) -> nn.Module:
+    """Distance of pictures in [-1, 1] as VGG sees them, (B, 3, H, W) twice -> (B, 1, 1, 1)."""
+    try:
+        import lpips
+    except ModuleNotFoundError as error:
+        raise ValueError(
+            f"perceptual_weight needs the package lpips, which is not there ({error}): pip install "
+            "lpips (it brings torchvision), or set perceptual_weight=0"
+        ) from None
+    return lpips.LPIPS(net="vgg", verbose=False).to(device).eval().requires_grad_(False)

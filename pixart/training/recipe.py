@@ -14,9 +14,18 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 from pixart.config import PixArtConfig, presets
+from pixart.data.aspect_ratios import bucket_sizes
 from pixart.diffusion import SAMPLERS
 
 Positive = Annotated[int, Field(gt=0)]
@@ -31,12 +40,36 @@ class Section(BaseModel):
 
 
 class Optimizer(Section):
-    """AdamW. The papers train with lr 2e-5, weight decay 0.03 and eps 1e-10."""
+    """What moves the weights: AdamW as alpha was trained with it, CAME as Sigma was."""
 
+    name: Literal["adamw", "came", "adamw-8bit"] = "adamw"
     lr: Rate = 2e-5
-    betas: tuple[Share, Share] = (0.9, 0.999)
-    eps: Rate = 1e-10
-    weight_decay: float = Field(default=0.03, ge=0)
+    base_batch_size: Positive | None = Field(
+        default=None,
+        description="the batch that lr is for: another, over processes and accumulation, "
+        "multiplies it by the square root of their ratio; null: lr as it is",
+    )
+    betas: tuple[Share, ...] = Field(default=(0.9, 0.999), description="came: 0.9, 0.999, 0.9999")
+    eps: Rate | None = Field(default=1e-10, description="came: null, it has its own")
+    weight_decay: float = Field(default=0.03, ge=0, description="came: 0")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _came(cls, values: Any) -> Any:
+        # filled in here, so that the recipe in a run's folder says them
+        if isinstance(values, dict) and values.get("name") == "came":
+            return {"betas": (0.9, 0.999, 0.9999), "eps": None, "weight_decay": 0.0, **values}
+        return values
+
+    @field_validator("betas", "eps")
+    @classmethod
+    def _of_its_kind(cls, value: Any, info: ValidationInfo) -> Any:
+        name = info.data.get("name")
+        if info.field_name == "betas" and len(value) != (3 if name == "came" else 2):
+            raise ValueError("came takes three" if name == "came" else "should be two numbers")
+        if info.field_name == "eps" and (value is None) != (name == "came"):
+            raise ValueError("came has its own" if name == "came" else "should be a number")
+        return value
 
 
 class Schedule(Section):
@@ -44,6 +77,18 @@ class Schedule(Section):
 
     name: Literal["constant", "cosine", "linear"] = "constant"
     warmup_steps: Count = 1000
+
+
+class Parallel(Section):
+    """How the processes of a run share the work; it changes no weight beyond rounding."""
+
+    strategy: Literal["ddp", "fsdp"] = Field(
+        default="ddp",
+        description="ddp: every process has all weights; fsdp: each a share of them (FSDP2)",
+    )
+    sequence: Positive = Field(
+        default=1, description="processes that share the tokens of each picture"
+    )
 
 
 class Run(Section):
@@ -65,6 +110,22 @@ class Run(Section):
     log_every: Positive = 20
     checkpoint_every: Positive = 1000
     keep_checkpoints: Positive = 2
+    keep_every: Positive | None = Field(
+        default=None, description="never delete the checkpoint of such a multiple of steps"
+    )
+    parallel: Parallel = Parallel()
+
+    @field_validator("mixed_precision", mode="before")
+    @classmethod
+    def _word(cls, value: Any) -> Any:
+        return "no" if value is False else value  # YAML takes a bare no for false
+
+    @field_validator("parallel")
+    @classmethod
+    def _precise(cls, parallel: Parallel, info: ValidationInfo) -> Parallel:
+        if parallel.strategy == "fsdp" and info.data.get("mixed_precision") == "fp16":
+            raise ValueError("fsdp goes with mixed_precision bf16 or no, not with fp16")
+        return parallel
 
 
 class Data(Section):
@@ -75,6 +136,11 @@ class Data(Section):
     size: Positive | None = Field(
         default=None, description="crop images to this square; null: as they are"
     )
+    buckets: bool | list[str] = Field(
+        default=False,
+        description="crop each image to the nearest of several ratios instead, at the square's "
+        "area: true, the 40 of the papers; or a list of width:height, as ['16:9', '1:1']",
+    )
     vae: str | None = Field(
         default=None, description="AutoencoderKL folder, to encode and to draw samples"
     )
@@ -82,6 +148,29 @@ class Data(Section):
     max_bad_fraction: Share = Field(
         default=0.05, description="stop when more of the images are unusable"
     )
+
+    @field_validator("buckets", mode="before")
+    @classmethod
+    def _ratios(cls, buckets: Any, info: ValidationInfo) -> Any:
+        if buckets is False:
+            return buckets
+        if not info.data.get("size"):
+            raise ValueError("needs data.size, the side of the square that has their area")
+        if isinstance(buckets, list) and buckets and all(isinstance(x, str) for x in buckets):
+            bucket_sizes(info.data["size"], 1, buckets)
+        elif buckets is not True:
+            raise ValueError(
+                'should be true, false or ratios in quotes, as ["16:9", "1:1"]: YAML takes bare '
+                "ones for numbers"
+            )
+        return buckets
+
+    def sizes(self, multiple: int) -> int | list[tuple[int, int]] | None:
+        """What ``ImageFolder`` cuts images to; sides of buckets are multiples of ``multiple``."""
+        if not self.buckets or self.size is None:
+            return self.size
+        ratios = None if self.buckets is True else self.buckets
+        return bucket_sizes(self.size, multiple, ratios)
 
 
 class Samples(Section):
@@ -102,6 +191,49 @@ class Samples(Section):
         return name
 
 
+class Lora(Section):
+    """Adapters that are trained in the place of weights, through peft (arXiv:2106.09685)."""
+
+    rank: Positive = 16
+    alpha: Rate | None = Field(
+        default=None, description="what an adapter adds is times alpha / rank; null: the rank"
+    )
+    dora: bool = Field(default=False, description="train magnitudes apart (arXiv:2402.09353)")
+    layers: list[str] = Field(
+        default=[
+            "attn.qkv",
+            "attn.proj",
+            "cross_attn.q_linear",
+            "cross_attn.kv_linear",
+            "cross_attn.proj",
+            "mlp.fc1",
+            "mlp.fc2",
+        ],
+        description="those whose names end so have adapters",
+    )
+    base_dtype: Literal["float32", "bfloat16", "float16"] = Field(
+        default="float32", description="of the frozen weights; adapters are float32"
+    )
+
+
+class Prior(Section):
+    """DreamBooth's prior preservation (arXiv:2208.12242, section 3.3)."""
+
+    folder: str = Field(
+        description="of data.images: pictures of the class, the others are of the subject"
+    )
+    weight: Rate = Field(default=1.0, description="of their loss beside that of the subject")
+
+
+class Distill(Section):
+    """Latent consistency distillation (arXiv:2310.04378) of ``model.init``."""
+
+    guidance_scale: float = Field(
+        default=5.5, ge=1, description="the teacher's; 1 + omega in the paper's notation"
+    )
+    huber_c: Rate = 1e-3
+
+
 class TrainRecipe(Run):
     """Text to image: ``pixart train``."""
 
@@ -116,6 +248,9 @@ class TrainRecipe(Run):
         "nothing; selective, a block after its self-attention; true, whole blocks",
     )
     samples: Samples = Samples()
+    lora: Lora | None = None
+    prior: Prior | None = None
+    distill: Distill | None = None
 
     @field_validator("model")
     @classmethod
@@ -133,6 +268,27 @@ class TrainRecipe(Run):
         _model_config(model)
         return model
 
+    @field_validator("lora", "prior", "distill")
+    @classmethod
+    def _of_text(cls, section: Section | None, info: ValidationInfo) -> Section | None:
+        model = info.data.get("model")
+        if section is not None and model is not None:
+            if _model_config(model).conditioning == "class":
+                raise ValueError("a class model has none")
+            if info.field_name == "distill" and "init" not in model:
+                raise ValueError("should come with model.init, the teacher")
+        return section
+
+    @field_validator("distill")
+    @classmethod
+    def _alone(cls, distill: Distill | None, info: ValidationInfo) -> Distill | None:
+        if distill is not None and info.data.get("prior") is not None:
+            raise ValueError("goes without prior, which weights another loss")
+        parallel = info.data.get("parallel")
+        if distill is not None and parallel is not None and parallel.strategy == "fsdp":
+            raise ValueError("goes with parallel.strategy ddp, not with fsdp")
+        return distill
+
     @property
     def config(self) -> PixArtConfig:
         return _model_config(self.model)
@@ -149,8 +305,22 @@ class VAERecipe(Run):
     images: Path
     size: Positive
     model: dict[str, Any] = Field(description="fields of diffusers' AutoencoderKL; init: a path")
+    parts: Literal["all", "decoder"] = Field(
+        default="all",
+        description="decoder: latents stay what they are, for transformers trained on them",
+    )
+    pixel_loss: Literal["l1", "mse"] = "l1"
+    edge_weight: float = Field(default=1, ge=0, description="of neighbours' differences, in L1")
+    perceptual_weight: float = Field(default=0, ge=0, description="of LPIPS, from package lpips")
     kl_weight: float = Field(default=1e-6, ge=0)
     samples_every: Positive = 1000
+
+    @field_validator("parts")
+    @classmethod
+    def _of_something(cls, parts: str, info: ValidationInfo) -> str:
+        if parts == "decoder" and "init" not in info.data.get("model", {}):
+            raise ValueError("should come with model.init, the autoencoder whose decoder it is")
+        return parts
 
 
 def _model_config(model: dict[str, Any]) -> PixArtConfig:
@@ -241,25 +411,33 @@ def _numbers(value: Any) -> Any:
     return float(value) if is_number else value
 
 
+def _section(kind: type[BaseModel], name: str) -> type[BaseModel] | None:
+    """The section that a key of that name holds, also one that may be left out."""
+    field = kind.model_fields.get(name)
+    annotation = field.annotation if field else None
+    kinds = [annotation, *get_args(annotation)]
+    return next((x for x in kinds if isinstance(x, type) and issubclass(x, BaseModel)), None)
+
+
 def _problem(kind: type[BaseModel], problem: Any) -> str:
     *sections, key = (str(part) for part in problem["loc"])
     where = ".".join([*sections, key])
     if problem["type"] == "extra_forbidden":
         known: type[BaseModel] | None = kind
         for name in sections:
-            field = known.model_fields.get(name) if known else None
-            known = field.annotation if field and isinstance(field.annotation, type) else None
+            known = _section(known, name) if known else None
         fields = list(known.model_fields) if known else []
         return f"{where}: unknown key{_nearest(key, fields)}"
     if problem["type"] == "missing":
         return f"{where}: required"
     message = problem["msg"].removeprefix("Value error, ")
     if problem["type"] == "literal_error":
-        literal = kind
-        for name in (*sections, key):
-            annotation = literal.model_fields[name].annotation
-            literal = annotation if isinstance(annotation, type) else literal
-        message += _nearest(problem["input"], map(str, get_args(annotation)))
+        literal: type[BaseModel] | None = kind
+        for name in sections:
+            literal = _section(literal, name) if literal else None
+        if literal:
+            values = get_args(literal.model_fields[key].annotation)
+            message += _nearest(problem["input"], map(str, values))
     if where == "model":
         return f"{where}: {message}"
     return f"{where}: got {problem['input']!r}; {message[0].lower()}{message[1:]}"

@@ -3,10 +3,18 @@
 from __future__ import annotations
 
 import json
+import platform
 import re
+import shlex
+import subprocess
+import sys
+from contextlib import suppress
+from datetime import datetime, timezone
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 
 from pixart.files import remove_folder, write_atomically
@@ -15,13 +23,20 @@ from pixart.training.recipe import Run
 # what may change between a run and its continuation, because no trained weight depends on it;
 # so may `steps` where the learning rate does not hang on them
 FREE_TO_CHANGE = frozenset(
-    ("output", "workers", "log_every", "checkpoint_every", "keep_checkpoints",
-     "samples", "samples_every")
+    ("output", "workers", "log_every", "checkpoint_every", "keep_checkpoints", "keep_every",
+     "parallel", "samples", "samples_every")
+)  # fmt: skip
+
+
+PACKAGES = (
+    "pixart-kernels", "torch", "triton", "accelerate", "diffusers", "transformers", "safetensors",
+    "numpy", "peft", "bitsandbytes",
 )  # fmt: skip
 
 
 class RunFolder:
-    """``recipe.yaml``, ``log.jsonl``, ``checkpoints/step-*``, ``samples/``, and the export."""
+    """``recipe.yaml``, ``starts.jsonl``, ``log.jsonl``, ``checkpoints/step-*``, ``samples/``, and
+    the export."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -30,7 +45,12 @@ class RunFolder:
 
     def begin(self, recipe: Run) -> None:
         """Records the recipe; raises ValueError if the folder belongs to a different one."""
-        self.folder.mkdir(parents=True, exist_ok=True)
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise OSError(
+                f"output: cannot write to {self.folder} ({error}); name another"
+            ) from error
         values = recipe.model_dump(mode="json")
         file = self.folder / "recipe.yaml"
         if file.exists() and self.last_checkpoint() is not None:
@@ -48,6 +68,23 @@ class RunFolder:
                 )  # fmt: skip
         write_atomically(file, lambda f: f.write(yaml.safe_dump(values, sort_keys=False).encode()))
 
+    def record_start(self, step: int, processes: int, device: torch.device) -> None:
+        """Adds to ``starts.jsonl`` what a repetition needs to know beside the recipe."""
+        on_gpu = device.type == "cuda"
+        start = {
+            "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            "after_step": step,
+            "command": shlex.join(sys.orig_argv),
+            "processes": processes,
+            "device": torch.cuda.get_device_name(device)
+            if on_gpu
+            else platform.processor() or platform.machine(),
+            "commit": commit_of(Path(__file__)),
+            "versions": {"python": platform.python_version(), **_versions()},
+        }
+        with (self.folder / "starts.jsonl").open("a") as file:
+            file.write(json.dumps(start) + "\n")
+
     def last_checkpoint(self) -> tuple[int, Path] | None:
         found = self._complete()
         return found[-1] if found else None
@@ -61,10 +98,11 @@ class RunFolder:
     def name(self, step: int) -> Path:
         return self.checkpoints / f"step-{step:07d}"
 
-    def prune(self, keep: int) -> None:
-        """Drops all checkpoints but the last ``keep``."""
-        for _, old in self._complete()[:-keep]:
-            remove_folder(old)
+    def prune(self, keep: int, keep_every: int | None) -> None:
+        """Drops all checkpoints but the last ``keep`` and those of multiples of ``keep_every``."""
+        for step, old in self._complete()[:-keep]:
+            if keep_every is None or step % keep_every:
+                remove_folder(old)
 
     def rewind_log(self, step: int) -> None:
         """Drops what a killed run logged after the checkpoint that it is resumed from."""
@@ -86,3 +124,27 @@ class RunFolder:
     def log(self, row: dict[str, Any]) -> None:
         with self.log_file.open("a") as file:
             file.write(json.dumps(row) + "\n")
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for name in PACKAGES:
+        with suppress(PackageNotFoundError):
+            found[name] = version(name)
+    return found
+
+
+def commit_of(file: Path) -> str | None:
+    """The commit of the checkout that ``file`` belongs to, marked where the checkout differs."""
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(file.parent), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        # what is installed into an environment may lie in somebody else's checkout
+        if not git("ls-files", file.name):
+            return None
+        return git("rev-parse", "HEAD") + "-dirty" * bool(git("status", "--porcelain", "-uno"))
+    except (OSError, subprocess.CalledProcessError):
+        return None

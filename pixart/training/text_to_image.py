@@ -11,44 +11,56 @@ import torch
 from accelerate import PartialState
 from PIL import Image
 from torch import Tensor, nn
+from torch.utils.data import Dataset, Subset
 
+from pixart.checkpoints import save_lora
 from pixart.conditioning import VAE, FeatureCache, TextEncoder, collate, encode_dataset
-from pixart.data.sources import ImageFolder
+from pixart.config import PixArtConfig
+from pixart.data.sources import ImageFolder, ImageSource
 from pixart.diffusion import NoiseSchedule, Objective
 from pixart.files import finish_folder, unfinished_folder, write_atomically
 from pixart.generation import PixArtPipeline, contact_sheet
 from pixart.generation.pipeline import PIPELINE
 from pixart.model import CaptionEmbedder, PixArt
+from pixart.planning import model_flops
+from pixart.training.adapters import add_lora
+from pixart.training.dreambooth import balanced, weights
 from pixart.training.recipe import Data, TrainRecipe
 
 # in the folder of features: how they were made
 SOURCE = "source.json"
 
 
-def encode_images(data: Data, max_tokens: int, device: torch.device) -> None:
+def encode_images(data: Data, config: PixArtConfig, device: torch.device) -> None:
     """Encodes ``data.images`` into ``data.features``, where samples are missing."""
     if data.images is None:
         return
     if data.vae is None or data.text_encoder is None:
         raise ValueError("data.images is given: data.vae and data.text_encoder are needed as well")
-    source = ImageFolder(data.images, data.size)
-    _same_source(data)
-    try:
-        if set(source.keys) <= set(FeatureCache(data.features).keys()):
-            return
-    except FileNotFoundError:
-        pass
+    vae = VAE.from_pretrained(data.vae)
+    source = ImageFolder(data.images, data.sizes(vae.factor * config.patch_size))
+    same_source(data)
+    if is_encoded(source, data):
+        return
+    tokens = config.max_caption_tokens
     encode_dataset(
         source,
-        VAE.from_pretrained(data.vae, device=device),
-        TextEncoder.from_pretrained(data.text_encoder, max_tokens=max_tokens, device=device),
+        vae,
+        TextEncoder.from_pretrained(data.text_encoder, max_tokens=tokens, device=device),
         data.features,
         device=device,
         max_bad_fraction=data.max_bad_fraction,
     )
 
 
-def _same_source(data: Data) -> None:
+def is_encoded(source: ImageSource, data: Data) -> bool:
+    try:
+        return set(source.keys) <= set(FeatureCache(data.features).keys())
+    except FileNotFoundError:
+        return False
+
+
+def same_source(data: Data) -> None:
     """Records how the features are made; raises ValueError where they were made otherwise.
 
     The pictures themselves are told apart by name alone: new ones are encoded, changed ones need
@@ -57,6 +69,7 @@ def _same_source(data: Data) -> None:
     file = data.features / SOURCE
     values: dict[str, Any] = {"size": data.size, "text_encoder": data.text_encoder}
     values["vae"] = _digest(data.vae) or data.vae
+    values["buckets"] = data.buckets
     if not file.exists():
         text = json.dumps(values, indent=2)
         write_atomically(file, lambda f: f.write(text.encode()))
@@ -64,7 +77,8 @@ def _same_source(data: Data) -> None:
     changed = [
         f"data.{key}: {before.get(key)} -> {values[key]}"
         for key in values
-        if before.get(key) != values[key]
+        # features from before there were buckets have none
+        if before.get(key, False) != values[key]
     ]
     if changed:
         raise ValueError(
@@ -85,16 +99,25 @@ def _digest(name: str | None) -> str | None:
 class TextToImage:
     """A :class:`pixart.training.trainer.Task`: noise prediction on a feature cache."""
 
+    averages: dict[str, Tensor] | None = None
+
     def __init__(self, recipe: TrainRecipe, device: torch.device) -> None:
         self.recipe, self.device = recipe, device
         config = recipe.config
-        if config.conditioning == "class":
-            raise ValueError("model.conditioning: a class model has no captions to train on")
         with PartialState().main_process_first():
-            encode_images(recipe.data, config.max_caption_tokens, device)
-        self.dataset = FeatureCache(recipe.data.features)
+            self._encode()
+        self.features = FeatureCache(recipe.data.features)
         self._check_features()
+        self.dataset: Dataset = self.features
+        # shapes of the latents
+        self.buckets = self.features.latent_shapes()
+        if recipe.prior is not None:
+            rows = balanced(self.features.keys(), recipe.prior)
+            self.dataset = Subset(self.features, rows)
+            self.buckets = [self.buckets[row] for row in rows]
         self.module = self._model().to(device)
+        if recipe.lora is not None:
+            add_lora(self.module, recipe.lora)
         self.module.gradient_checkpointing = recipe.gradient_checkpointing
         self.schedule = NoiseSchedule()
         self.objective = Objective(self.schedule, config.learn_sigma, recipe.min_snr_gamma)
@@ -102,8 +125,14 @@ class TextToImage:
         if self.preview_every:
             self._prepare_preview()
 
+    def _encode(self) -> None:
+        config = self.recipe.config
+        if config.conditioning == "class":
+            raise ValueError("model.conditioning: a class model has no captions to train on")
+        encode_images(self.recipe.data, config, self.device)
+
     def _model(self) -> PixArt:
-        recipe, null = self.recipe, self.dataset.null_caption
+        recipe, null = self.recipe, self.features.null_caption
         if recipe.init is None:
             model = PixArt(recipe.config)
         else:
@@ -116,7 +145,7 @@ class TextToImage:
         return model
 
     def _check_features(self) -> None:
-        found, config = self.dataset.metadata, self.recipe.config
+        found, config = self.features.metadata, self.recipe.config
         wanted = {
             "caption_channels": (found.caption_channels, config.caption_channels),
             "in_channels": (found.latent_channels, config.in_channels),
@@ -127,34 +156,48 @@ class TextToImage:
         ]
         if wrong:
             raise ValueError(f"{self.recipe.data.features}: " + "; ".join(wrong))
-        if len(self.dataset) == 0:
+        if len(self.features) == 0:
             raise ValueError(f"{self.recipe.data.features} holds no sample")
 
     def collate(self, samples: list[Any]) -> dict[str, Any]:
-        return collate(samples)
+        batch = collate(samples)
+        if self.recipe.prior is not None:
+            batch["weight"] = weights(batch["keys"], self.recipe.prior)
+        return batch
+
+    def flops(self, batch: dict[str, Any]) -> int:
+        config, (count, _, height, width) = self.recipe.config, batch["latent_mean"].shape
+        # so many on average, as attention over texts of different lengths is linear in them
+        real = 0 if config.conditioning == "class" else int(batch["caption_mask"].sum())
+        tokens = height * width // config.patch_size**2
+        return count * model_flops(config, tokens, round(real / count))
 
     def loss(self, module: nn.Module, batch: dict[str, Any]) -> dict[str, Tensor]:
         mean, std = batch["latent_mean"], batch["latent_std"]
         latents = mean + std * torch.randn_like(std)
         noise = torch.randn_like(latents)
         t = torch.randint(len(self.schedule), (len(latents),), device=latents.device)
-        micro = {}
-        if self.recipe.config.micro_conditioning:
-            # the official training tells the original size, and the ratio of what is shown
-            ratio = latents.shape[2] / latents.shape[3]
-            micro = {
-                "image_size": batch["image_size"],
-                "aspect_ratio": torch.full((len(latents), 1), ratio, device=latents.device),
-            }
         output = module(
             self.schedule.add_noise(latents, noise, t),
             t,
-            batch["caption"].float(),
-            batch["caption_mask"],
-            **micro,
+            *self._condition(batch),
+            **self._micro(batch),
         )
         terms = self.objective(output, latents, noise, t)
-        return {name: term.mean() for name, term in terms.items()}
+        weight = batch.get("weight", 1)
+        return {name: (weight * term).mean() for name, term in terms.items()}
+
+    def _micro(self, batch: dict[str, Any]) -> dict[str, Tensor]:
+        """Micro-conditions, where the model takes some."""
+        if not self.recipe.config.micro_conditioning:
+            return {}
+        size, (*_, height, width) = batch["image_size"], batch["latent_mean"].shape
+        # the official training tells the original size, and the ratio of what is shown
+        return {"image_size": size, "aspect_ratio": torch.full_like(size[:, :1], height / width)}
+
+    def _condition(self, batch: dict[str, Any]) -> tuple[Tensor, Tensor | None]:
+        """Caption and its mask, as the model takes them."""
+        return batch["caption"].float(), batch["caption_mask"]
 
     def _prepare_preview(self) -> None:
         data, samples = self.recipe.data, self.recipe.samples
@@ -182,18 +225,23 @@ class TextToImage:
         return contact_sheet(images, samples.prompts)
 
     def export(self, module: nn.Module, folder: Path) -> None:
-        """``pipeline/``: the transformer, and where its encoders are."""
+        """``pipeline/``: the transformer, and where its encoders are; or ``lora/``."""
         assert isinstance(module, PixArt)
+        if self.recipe.lora is not None:
+            save_lora(module, folder / "lora")
+            return
         final = folder / "pipeline"
         partial = unfinished_folder(final)
         module.save_pretrained(partial / "transformer")
         data = self.recipe.data
         if data.vae is not None and data.text_encoder is not None:
-            parts = {
+            parts: dict[str, Any] = {
                 "vae": _absolute(data.vae),
                 "text_encoder": _absolute(data.text_encoder),
                 "guidance_scale": self.recipe.samples.guidance_scale,
             }
+            if self.recipe.distill is not None:
+                parts["sampler"] = "lcm"
             (partial / PIPELINE).write_text(json.dumps(parts, indent=2))
         finish_folder(final)
 

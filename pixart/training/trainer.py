@@ -1,25 +1,29 @@
 """The training loop: the same for the transformer and for the autoencoder.
 
-What is trained is a :class:`Task`. The loop adds accelerate's devices, processes and precision,
-gradient accumulation and clipping, AdamW and its learning rate, a moving average of the weights,
-progress, curves, pictures, and checkpoints from which the loss curve goes on bit for bit.
+What is trained is a :class:`Task`. The loop adds processes and precision, gradient accumulation
+and clipping, an optimiser and its learning rate, a moving average of the weights, progress,
+curves, pictures, and checkpoints from which the loss curve goes on as if nothing had happened,
+also on another number of processes.
 """
 
 from __future__ import annotations
 
+import copy
 import math
 import os
-import shutil
+import resource
+import signal
+import sys
+import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NoReturn, Protocol
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
-from diffusers.training_utils import EMAModel
 from PIL import Image
 from rich.progress import (
     BarColumn,
@@ -30,15 +34,22 @@ from rich.progress import (
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
-from safetensors import SafetensorError
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader, Dataset
 
 from pixart.data.batches import BatchStream
-from pixart.files import finish_folder, unfinished_folder, write_atomically
+from pixart.files import write_atomically
+from pixart.training.checkpointing import Checkpoints, read_about
+from pixart.training.distributed import Processes, full, local, seed_batch, shard, share_tokens
+from pixart.training.ema import EMA
+from pixart.training.optimizers import make_optimizer
 from pixart.training.recipe import Run, Schedule
 from pixart.training.run_state import RunFolder
+
+# a loss so many times the highest of the first logged ones does not come back
+DIVERGED, FIRST_LOSSES = 10, 10
 
 
 class Task(Protocol):
@@ -51,14 +62,31 @@ class Task(Protocol):
     def dataset(self) -> Dataset: ...
 
     @property
+    def buckets(self) -> Sequence[Hashable]:
+        """Of each sample in ``dataset``; the samples of a batch are of one bucket."""
+        ...
+
+    averages: dict[str, Tensor] | None
+    """Of the trained weights by their names, set by the loop; None: the recipe wants none."""
+
+    @property
     def preview_every(self) -> int:
         """Steps between previews; 0: none."""
         ...
 
-    def collate(self, samples: list[Any]) -> dict[str, Any]: ...
+    def collate(self, samples: list[Any]) -> dict[str, Any]:
+        """A batch; its tensors' first dimension counts the samples that are in it."""
+        ...
+
+    def flops(self, batch: dict[str, Any]) -> int | None:
+        """Of a forward of a batch, which lies on the host; None: not known."""
+        ...
 
     def loss(self, module: nn.Module, batch: dict[str, Any]) -> dict[str, Tensor]:
-        """Scalars to log; ``"loss"`` is the one to minimise. May draw from the global RNG."""
+        """Means over the samples, to log; ``"loss"`` is the one to minimise.
+
+        May draw from the global RNG, which is seeded for each batch.
+        """
         ...
 
     def preview(self, module: nn.Module) -> Image.Image | None: ...
@@ -71,6 +99,10 @@ class Task(Protocol):
 def train(recipe: Run, make_task: Callable[[torch.device], Task]) -> RunFolder:
     """Trains to ``recipe.steps``, from the run's last complete checkpoint where there is one.
 
+    A step is ``gradient_accumulation`` batches on each process, and its gradient the mean over
+    all their samples. A run that goes on with another number of processes keeps its steps: each
+    process then has more or fewer of their batches.
+
     Args:
         recipe: the run; ``recipe.output`` becomes its folder.
         make_task: builds the task, with its tensors on the given device. Called after seeding,
@@ -80,12 +112,14 @@ def train(recipe: Run, make_task: Callable[[torch.device], Task]) -> RunFolder:
         The run's folder. The averaged weights are exported into it.
 
     Raises:
-        ValueError: the folder holds a run of another recipe.
-        RuntimeError: the loss is not finite, or a checkpoint cannot be written; says what to do.
+        ValueError: the folder holds a run of another recipe, or the number of processes does not
+            suit the run.
+        RuntimeError: the loss is not finite or grows without end, a process that reads data died,
+            or a checkpoint cannot be read or written; says what to do.
+        SystemExit: SIGTERM or SIGINT came, and the run was saved. A second one ends it at once.
     """
     accelerator = Accelerator(
         mixed_precision=recipe.mixed_precision,
-        gradient_accumulation_steps=recipe.gradient_accumulation,
         log_with="tensorboard",
         project_dir=str(recipe.output),
     )
@@ -95,79 +129,62 @@ def train(recipe: Run, make_task: Callable[[torch.device], Task]) -> RunFolder:
             f"{started} processes were started and each would train alone in {recipe.output}: "
             "without a GPU, set ACCELERATE_USE_CPU=true"
         )
+    processes = Processes(recipe.parallel)
     run = RunFolder(recipe.output)
     if accelerator.is_main_process:
         run.begin(recipe)
-    # weights are drawn alike on every process; noise, timesteps and dropout are not
+    processes.wait()
+    last = run.last_checkpoint()
+    about = read_about(last[1]) if last is not None else {}
+    # of a step, on all processes together
+    batches = about.get("batches", recipe.gradient_accumulation * processes.streams)
+    if batches % processes.streams:
+        raise ValueError(
+            f"a step of {recipe.output} is {batches} batches, which {processes.streams} processes "
+            "cannot share evenly: start as many as divide it"
+        )
+
     set_seed(recipe.seed)
     task = make_task(accelerator.device)
-    set_seed(recipe.seed, device_specific=True)
     # weights that were loaded, and not drawn, come in evaluation mode
     task.module.train()
-
-    optimizer = torch.optim.AdamW(
-        [p for p in task.module.parameters() if p.requires_grad],
-        lr=recipe.optimizer.lr,
-        betas=recipe.optimizer.betas,
-        eps=recipe.optimizer.eps,
-        weight_decay=recipe.optimizer.weight_decay,
-        fused=True,
+    bare = _without_weights(task.module)
+    share_tokens(task.module, recipe.parallel.sequence)
+    if processes.sharded:
+        shard(task.module, accelerator.device)
+    ema = None if recipe.ema_decay is None else EMA(task.module, recipe.ema_decay)
+    task.averages = None if ema is None else ema.averages
+    optimizer = make_optimizer(
+        task.module.parameters(), recipe.optimizer, recipe.batch_size * batches
     )
-    rate = learning_rate(recipe.schedule, recipe.steps)
-    schedule = LambdaLR(optimizer, rate)
-    ema = None
-    if recipe.ema_decay is not None:
-        ema = EMAModel(task.module.parameters(), decay=recipe.ema_decay, foreach=True)
-        ema.to(accelerator.device)
-    module, optimizer = accelerator.prepare(task.module, optimizer)
-
+    checkpoints = Checkpoints(recipe, run, processes, task.module, optimizer, ema)
     start = 0
-    last = run.last_checkpoint()
     if last is not None:
         start, folder = last
-        try:
-            accelerator.load_state(str(folder))
-            _load_own_state(folder, accelerator, schedule, ema)
-        except Exception as error:
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-            raise RuntimeError(
-                f"{folder} cannot be read ({type(error).__name__}: {reason}). Delete it, and the "
-                "run goes on from the checkpoint before"
-            ) from error
+        checkpoints.load(folder)
+        if accelerator.scaler is not None:
+            accelerator.scaler.load_state_dict(about["scaler"])
         accelerator.print(f"resuming {recipe.output} after step {start}")
     if accelerator.is_main_process:
         run.rewind_log(start)
+        run.record_start(start, processes.count, accelerator.device)
+    processes.wait()
     accelerator.init_trackers("tensorboard", init_kwargs={"tensorboard": {"purge_step": start + 1}})
 
-    loop = _Loop(recipe, accelerator, run, task, module, schedule, ema)
-    batches = _batches(task, recipe, accelerator, start * recipe.gradient_accumulation)
-    with _progress(accelerator.is_main_process) as progress:
+    loop = _Loop(recipe, accelerator, processes, run, task, bare, checkpoints, start, batches)
+    progress = _progress(processes.rank == 0)
+    with checkpoints, progress, _signals() as received, loop.explaining():
         bar = progress.add_task(recipe.output.name, total=recipe.steps, completed=start, note="")
         for step in range(start + 1, recipe.steps + 1):
-            for _ in range(recipe.gradient_accumulation):
-                batch = _to(next(batches), accelerator.device)
-                with accelerator.accumulate(module):
-                    losses = task.loss(module, batch)
-                    accelerator.backward(losses["loss"])
-                    if accelerator.sync_gradients and recipe.gradient_clip is not None:
-                        norm = accelerator.clip_grad_norm_(
-                            module.parameters(), recipe.gradient_clip
-                        )
-                        losses = {**losses, "gradient_norm": norm}
-                    optimizer.step()
-                    optimizer.zero_grad()
-                loop.add(losses)
-            lr = float(schedule.get_last_lr()[0])
-            schedule.step()
-            if ema is not None:
-                ema.step(task.module.parameters())
+            if not loop.step(step, stop=bool(received)):
+                loop.stop(step - 1, received[0] if received else signal.SIGTERM)
             at_end = step == recipe.steps
             at_checkpoint = at_end or step % recipe.checkpoint_every == 0
             if at_checkpoint or step % recipe.log_every == 0:
-                note = loop.log(step, lr)
+                note = loop.log(step)
                 progress.update(bar, note=note)
                 # a bar that nobody watches is drawn once, at the end: a log file gets lines
-                watched = progress.console.is_terminal or not accelerator.is_main_process
+                watched = progress.console.is_terminal or processes.rank
                 if at_checkpoint and not watched:
                     progress.console.print(f"  step {step} of {recipe.steps}: {note}")
             if task.preview_every and (at_end or step % task.preview_every == 0):
@@ -197,159 +214,226 @@ def learning_rate(schedule: Schedule, steps: int) -> Callable[[int], float]:
 
 
 class _Loop:
-    """What happens between steps: logging, checkpoints, pictures."""
+    """A step, and what happens between steps: logging, checkpoints, pictures."""
 
     def __init__(
         self,
         recipe: Run,
         accelerator: Accelerator,
+        processes: Processes,
         run: RunFolder,
         task: Task,
-        module: nn.Module,
-        schedule: LambdaLR,
-        ema: EMAModel | None,
+        bare: nn.Module,
+        checkpoints: Checkpoints,
+        start: int,
+        batches: int,
     ) -> None:
-        self.recipe, self.accelerator, self.run, self.task = recipe, accelerator, run, task
-        self.module, self.schedule, self.ema = module, schedule, ema
+        self.recipe, self.accelerator, self.processes = recipe, accelerator, processes
+        self.run, self.task, self.bare = run, task, bare
+        self.checkpoints, self.batches = checkpoints, batches
+        self.optimizer = accelerator.prepare_optimizer(checkpoints.optimizer)
+        for group in checkpoints.optimizer.param_groups:
+            group["initial_lr"] = group["lr"]
+        rate = learning_rate(recipe.schedule, recipe.steps)
+        self.schedule = LambdaLR(checkpoints.optimizer, rate, last_epoch=start - 1)
+        # FSDP's hooks are on the module itself
+        self.module = accelerator.prepare_model(task.module, evaluation_mode=processes.sharded)
+        self.loader = _batches(task, recipe, processes, accelerator.device, start * batches)
+        self._first_losses = [row["loss"] for row in run.read_log()[:FIRST_LOSSES]]
         self._sums: dict[str, Tensor] = {}
-        self._counts: dict[str, int] = {}
-        self._since = time.perf_counter()
-        self._last_step: int | None = None
+        self._weights: dict[str, float] = {}
+        self._peak = _peak_flops(accelerator.device, recipe.mixed_precision)
+        self._flops, self._saved = 0, start
+        self._waited, self._since = 0.0, time.perf_counter()
 
-    def add(self, losses: dict[str, Tensor]) -> None:
+    def step(self, step: int, stop: bool) -> bool:
+        """Moves the weights; False, and nothing done, where a process was told to stop."""
+        self.checkpoints.poll()
+        recipe, processes = self.recipe, self.processes
+        count = self.batches // processes.streams
+        batches = self._fetch(count)
+        sizes = [_samples(batch) for batch in batches]
+        samples, stopping = processes.total(sum(sizes), stop)
+        if stopping:
+            return False
+        for k, (batch, size) in enumerate(zip(batches, sizes, strict=True)):
+            seed_batch(recipe.seed, ((step - 1) * count + k) * processes.streams + processes.stream)
+            # gradients become their mean over the processes
+            weight = size * processes.count / samples
+            with self._apart() if k < count - 1 else nullcontext():
+                losses = self.task.loss(self.module, _to(batch, self.accelerator.device))
+                self.accelerator.backward(losses["loss"] * weight)
+            self._add(losses, size)
+        if recipe.gradient_clip is not None:
+            parameters = list(self.task.module.parameters())
+            norm = self.accelerator.clip_grad_norm_(parameters, recipe.gradient_clip)
+            self._add({"gradient_norm": full(norm)}, 1)
+        self._lr = float(self.schedule.get_last_lr()[0])
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.schedule.step()
+        if self.checkpoints.ema is not None:
+            self.checkpoints.ema.step(step)
+        return True
+
+    def _fetch(self, count: int) -> list[dict[str, Any]]:
+        since = time.perf_counter()
+        batches = [next(self.loader) for _ in range(count)]
+        self._waited += time.perf_counter() - since
+        if self._peak is not None:
+            self._flops += sum(self.task.flops(batch) or 0 for batch in batches)
+        return batches
+
+    def _apart(self) -> AbstractContextManager:
+        """Gradients stay on this process; sharded ones do not, there would be no room."""
+        ddp = isinstance(self.module, DistributedDataParallel)
+        return self.module.no_sync() if ddp else nullcontext()
+
+    def _add(self, values: dict[str, Tensor], weight: float) -> None:
         # stays on the device: reading a number would wait for the step to finish
-        for name, value in losses.items():
-            self._sums[name] = self._sums.get(name, 0) + value.detach().float()
-            self._counts[name] = self._counts.get(name, 0) + 1
+        for name, value in values.items():
+            self._sums[name] = self._sums.get(name, 0) + weight * value.detach().float()
+            self._weights[name] = self._weights.get(name, 0) + weight
 
-    def log(self, step: int, lr: float) -> str:
+    def log(self, step: int) -> str:
         """Writes the means since the last call; returns the progress bar's note."""
-        means = {name: total / self._counts[name] for name, total in self._sums.items()}
-        reduced: dict[str, Tensor] = self.accelerator.reduce(means, "mean")
-        row = {name: value.item() for name, value in reduced.items()}
-        micro_steps = self._counts["loss"]
-        self._sums, self._counts = {}, {}
-        if not math.isfinite(row["loss"]):
-            raise self._diverged(f"the loss became {row['loss']} at or before step {step}")
-        now = time.perf_counter()
-        samples = micro_steps * self.recipe.batch_size * self.accelerator.num_processes
-        speed, self._since = samples / (now - self._since), now
-        row |= {"lr": lr, "images_per_second": speed}
+        names = list(self._sums)
+        sums = torch.stack([self._sums[name] for name in names]).tolist()
+        seconds = time.perf_counter() - self._since
+        waited, flops, *totals = self.processes.total(
+            self._waited, self._flops, *self._weights.values(), *sums
+        )
+        weights, sums = totals[: len(names)], totals[len(names) :]
+        self._sums, self._weights, self._flops = {}, {}, 0
+        self._waited, self._since = 0.0, time.perf_counter()
+        row = {name: a / b for name, a, b in zip(names, sums, weights, strict=True)}
+        self._check(row["loss"], step)
+        count, same = self.processes.count, self.recipe.parallel.sequence
+        # processes that share a picture have counted it each
+        speed = weights[names.index("loss")] / same / seconds
+        row |= {
+            "lr": self._lr,
+            "images_per_second": speed,
+            "data_wait": waited / count / seconds,
+            "memory_gib": _peak_memory(self.accelerator.device) / 2**30,
+        }
+        if self._peak is not None and flops:
+            # a backward is two forwards; what checkpointing makes again does not count
+            row["mfu"] = 3 * flops / same / count / seconds / self._peak
         self.accelerator.log(row, step=step)
-        if self.accelerator.is_main_process:
+        if self.processes.rank == 0:
             self.run.log({"step": step, **row})
         return f"loss {row['loss']:.4f}  {speed:.1f} images/s"
 
-    def _diverged(self, what: str) -> RuntimeError:
-        last = self.run.last_checkpoint()
-        kept = f"The last good checkpoint is {last[1]}" if last else "No checkpoint was written"
-        return RuntimeError(
-            f"{what}. {kept}. Lower optimizer.lr, set gradient_clip, or use mixed_precision: bf16 "
-            "or no; running the same recipe again would meet it again"
-        )
-
-    def export(self) -> None:
-        if self.accelerator.is_main_process:
-            with self.averaged() as module:
-                self.task.export(module, self.run.folder)
-        self.accelerator.wait_for_everyone()
-
-    def checkpoint(self, step: int) -> None:
-        last = self.run.last_checkpoint()
-        # a finite loss may come with an infinite gradient, and what it made of the weights must
-        # not take a good checkpoint's place
-        if not all(bool(p.isfinite().all()) for p in self.module.parameters()):
-            raise self._diverged(f"weights became infinite or nan at or before step {step}")
-        accelerator, final = self.accelerator, self.run.name(step)
-        if accelerator.is_main_process:
-            unfinished_folder(final)
-        accelerator.wait_for_everyone()
-        partial = final.with_name(f".{final.name}.unfinished")
-        try:
-            accelerator.save_state(str(partial))
-            _save_own_state(partial, accelerator, self.schedule, self.ema)
-            # before the checkpoint counts, so that none is without its export
-            self.export()
-            if accelerator.is_main_process:
-                finish_folder(final)
-                self.run.prune(self.recipe.keep_checkpoints)
-        except (OSError, RuntimeError, SafetensorError) as error:
-            shutil.rmtree(partial, ignore_errors=True)
-            kept = f"the last complete one is {last[1]}" if last else "there is no earlier one"
-            raise RuntimeError(
-                f"the checkpoint of step {step} could not be written ({error}); {kept}. Make room "
-                f"in {self.run.folder} and run the same command again"
-            ) from error
-        accelerator.wait_for_everyone()
-
-    def preview(self, step: int) -> None:
-        if self.accelerator.is_main_process:
-            devices = [self.accelerator.device] if self.accelerator.device.type == "cuda" else []
-            # drawing must not move the noise that training sees
-            with self.averaged() as module, torch.random.fork_rng(devices), torch.no_grad():
-                picture = self.task.preview(module)
-            if picture is not None:
-                path = self.run.folder / "samples" / f"step-{step:07d}.png"
-                write_atomically(path, lambda file: picture.save(file, "PNG"))
-        self.accelerator.wait_for_everyone()
-        self._since = time.perf_counter()
+    def _check(self, loss: float, step: int) -> None:
+        if not math.isfinite(loss):
+            raise self._diverged(f"the loss became {loss} at or before step {step}")
+        first = self._first_losses
+        if len(first) < FIRST_LOSSES:
+            first.append(loss)
+        elif loss > DIVERGED * max(first):
+            raise self._diverged(
+                f"the loss grew from {max(first):.4g} at first to {loss:.4g} by step {step}"
+            )
 
     @contextmanager
-    def averaged(self) -> Iterator[nn.Module]:
-        """The bare module in eval mode with averaged weights; afterwards as it was."""
-        module = self.accelerator.unwrap_model(self.module)
-        training, parameters = module.training, list(module.parameters())
-        module.eval()
-        if self.ema is not None:
-            self.ema.store(parameters)
-            self.ema.copy_to(parameters)
+    def explaining(self) -> Iterator[None]:
+        """Says more of what torch raises, wherever this process is, when a loader's one dies."""
         try:
-            yield module
-        finally:
-            if self.ema is not None:
-                self.ema.restore(parameters)
-            module.train(training)
+            yield
+        except RuntimeError as error:
+            if "DataLoader worker" not in str(error):
+                raise
+            raise RuntimeError(
+                f"a process that reads data died: {error} {self._kept()}. If memory ran out, "
+                "lower workers; then run the same command again"
+            ) from error
+
+    def _diverged(self, what: str) -> RuntimeError:
+        return RuntimeError(
+            f"{what}. {self._kept()}. Lower optimizer.lr, set gradient_clip, or use "
+            "mixed_precision: bf16 or no; running the same recipe again would meet it again"
+        )
+
+    def _kept(self) -> str:
+        self.checkpoints.wait()
+        last = self.run.last_checkpoint()
+        return f"The last good checkpoint is {last[1]}" if last else "No checkpoint was written"
+
+    def stop(self, step: int, number: int) -> NoReturn:
+        """Saves what ``step`` left, if it is not saved yet, and ends the process."""
+        if step > self._saved:
+            self.checkpoint(step)
+        name, kept = signal.Signals(number).name, self._kept()
+        self.accelerator.print(f"{name}. {kept}; the same command goes on from there")
+        raise SystemExit(128 + number)
+
+    def checkpoint(self, step: int) -> None:
+        # a finite loss may come with an infinite gradient, and what it made of the weights must
+        # not take a good checkpoint's place
+        parameters = self.task.module.parameters()
+        (bad,) = self.processes.total(not all(bool(local(p).isfinite().all()) for p in parameters))
+        if bad:
+            raise self._diverged(f"weights became infinite or nan at or before step {step}")
+        # before the checkpoint counts, so that none is without its export
+        self.export()
+        scaler = self.accelerator.scaler
+        about = {"batches": self.batches, "scaler": scaler and scaler.state_dict()}
+        self.checkpoints.save(step, about)
+        self._saved = step
+
+    def export(self) -> None:
+        with self._averaged() as module:
+            if module is not None:
+                self.task.export(module, self.run.folder)
+        self.processes.wait()
+
+    def preview(self, step: int) -> None:
+        begun = time.perf_counter()
+        with self._averaged() as module, torch.no_grad():
+            picture = None if module is None else self.task.preview(module)
+        if picture is not None:
+            path = self.run.folder / "samples" / f"step-{step:07d}.png"
+            write_atomically(path, lambda file: picture.save(file, "PNG"))
+        self.processes.wait()
+        self._since += time.perf_counter() - begun
+
+    @contextmanager
+    def _averaged(self) -> Iterator[nn.Module | None]:
+        """The module in eval mode with averaged weights, whole; None but on the main process."""
+        ema = self.checkpoints.ema
+        state = self.task.module.state_dict() | (ema.averages if ema is not None else {})
+        whole = {}
+        for name, tensor in state.items():
+            gathered = full(tensor)
+            if self.processes.rank == 0:
+                whole[name] = gathered
+        if not whole:
+            yield None
+            return
+        module = copy.deepcopy(self.bare).eval()
+        # takes the tensors themselves
+        module.load_state_dict(whole, assign=True)
+        yield module
 
 
-# accelerate would pickle these, and pass over random numbers that it cannot read; written and
-# read here, they are tensors and numbers alone, and damage is an error
-def _save_own_state(
-    folder: Path, accelerator: Accelerator, schedule: LambdaLR, ema: EMAModel | None
-) -> None:
-    random = {"cpu": torch.get_rng_state()}
-    if accelerator.device.type == "cuda":
-        random["cuda"] = torch.cuda.get_rng_state(accelerator.device)
-    torch.save(random, folder / f"random-{accelerator.process_index}.pt")
-    if accelerator.is_main_process:
-        state = {"schedule": schedule.state_dict(), "ema": ema and ema.state_dict()}
-        torch.save(state, folder / "schedule-and-ema.pt")
-    accelerator.wait_for_everyone()
-
-
-def _load_own_state(
-    folder: Path, accelerator: Accelerator, schedule: LambdaLR, ema: EMAModel | None
-) -> None:
-    state = torch.load(folder / "schedule-and-ema.pt", map_location="cpu", weights_only=True)
-    schedule.load_state_dict(state["schedule"])
-    if ema is not None:
-        ema.load_state_dict(state["ema"])
-        ema.to(accelerator.device)
-    file = folder / f"random-{accelerator.process_index}.pt"
-    random = torch.load(file, map_location="cpu", weights_only=True)
-    torch.set_rng_state(random["cpu"])
-    if accelerator.device.type == "cuda":
-        torch.cuda.set_rng_state(random["cuda"], accelerator.device)
+def _without_weights(module: nn.Module) -> nn.Module:
+    """A copy whose parameters have no memory."""
+    empty = {
+        id(p): nn.Parameter(p.detach().to("meta"), p.requires_grad) for p in module.parameters()
+    }
+    return copy.deepcopy(module, empty)
 
 
 def _batches(
-    task: Task, recipe: Run, accelerator: Accelerator, start: int
+    task: Task, recipe: Run, processes: Processes, device: torch.device, start: int
 ) -> Iterator[dict[str, Any]]:
     stream = BatchStream(
-        len(task.dataset),  # type: ignore[arg-type]  # map-style data sets have a length
+        task.buckets,
         recipe.batch_size,
         seed=recipe.seed,
-        rank=accelerator.process_index,
-        world_size=accelerator.num_processes,
+        rank=processes.stream,
+        world_size=processes.streams,
         start=start,
     )
     return iter(
@@ -358,11 +442,56 @@ def _batches(
             batch_sampler=stream,
             collate_fn=task.collate,
             num_workers=recipe.workers,
-            pin_memory=accelerator.device.type == "cuda",
+            pin_memory=device.type == "cuda",
             # the loader seeds its workers from this; the global RNG belongs to the noise
             generator=torch.Generator().manual_seed(recipe.seed),
         )
     )
+
+
+def _samples(batch: dict[str, Any]) -> int:
+    return next(len(value) for value in batch.values() if isinstance(value, Tensor))
+
+
+def _peak_flops(device: torch.device, mixed_precision: str) -> float | None:
+    """Of a GPU whose data sheet :mod:`pixart.planning` knows, FLOP/s in the type that is used."""
+    # here, because planning imports recipes and with them this package
+    from pixart.planning import DEVICES
+
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
+    for known in DEVICES.values():
+        if known.name.split()[1] in name:
+            return 1e12 * (known.float32_tflops if mixed_precision == "no" else known.tflops)
+    return None
+
+
+def _peak_memory(device: torch.device) -> int:
+    """Bytes, of a GPU's tensors since the start; on a CPU, of the process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else 1024 * peak
+
+
+@contextmanager
+def _signals() -> Iterator[list[int]]:
+    """Takes SIGTERM and SIGINT as a wish to stop after the step; the second one stops at once."""
+    received: list[int] = []
+    if threading.current_thread() is not threading.main_thread():
+        yield received
+        return
+
+    def note(number: int, _frame: Any) -> None:
+        received.append(number)
+        for each, handler in before.items():
+            signal.signal(each, handler)
+
+    before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield received
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _to(batch: dict[str, Any], device: torch.device) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import pytest
 import torch
@@ -14,18 +14,14 @@ from benchmarks.block import only
 from benchmarks.floor import (
     MODELS,
     MovedBytes,
-    Site,
     _attention_flops,
-    block_sites,
     counted,
     counted_block,
     measured_rates,
-    model_flops,
-    seconds,
-    tokens_of,
 )
 from benchmarks.report import floor_counts, floor_sites
 from pixart import PixArt, PixArtConfig
+from pixart.planning import Site, block_sites, model_flops, seconds, tokens_of
 from pixart_kernels import dispatch
 
 # every size differs from every other
@@ -62,6 +58,27 @@ def test_formulas_are_what_is_dispatched(which: str) -> None:
     assert found["step"]["flops"] == forward + sum(site.backward_flops for site in sites)
     whole = counted(which, SMALL, GRID, TEXT, BATCH)["forward"]["flops"]
     assert whole == model_flops(SMALL, GRID**2, TEXT, BATCH)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"conditioning": "class"},
+        {"conditioning": "adaln"},
+        {"kv_compression": {"sampling": "uniform", "scale_factor": 2, "layers": [1]}},
+    ],
+    ids=["class", "adaln", "compressed"],
+)
+def test_flops_of_other_models(changes: dict) -> None:
+    config = replace(SMALL, **changes)
+    latents, times = torch.randn(BATCH, 4, 8, 8), torch.full((BATCH,), 5)
+    condition = torch.randn(BATCH, TEXT, 10)
+    if config.conditioning == "class":
+        condition = torch.zeros(BATCH, dtype=torch.long)
+    counter = FlopCounterMode(display=False, custom_mapping=_attention_flops())
+    with only("reference"), counter:
+        PixArt(config)(latents, times, condition)
+    assert counter.get_total_flops() == model_flops(config, 16, TEXT, BATCH)
 
 
 def test_each_site_s_flops_are_its_layer_s() -> None:

@@ -294,9 +294,10 @@ def test_nothing_is_copied_between_layers(name: str, monkeypatch: pytest.MonkeyP
     model = randomized(CONFIGS[name])
     block, x, branch, t = model.blocks[0], *torch.randn(3, 2, 16, 72).requires_grad_()
     text, lengths = torch.randn(2, 5, 72), torch.tensor([5, 5], dtype=torch.int32)
-    modulation = block.modulation(t[:, 0], model.t_block(t[:, 0]) if name != "class" else None)
+    t0 = model.t_block(t[:, 0]) if name != "class" else None
+    pending = branch, block.modulation(t[:, 0], t0)
     with Copies() as found:
-        block(x, (branch, modulation), (4, 4), text, lengths, modulation)
+        block(x, pending, (4, 4), text, lengths, t[:, 0], t0)
     assert found.shapes == []
 
 

@@ -22,7 +22,7 @@ def test_quickstart_leaves_pictures_a_curve_and_a_report(tmp_path: Path) -> None
     for name in ("samples.png", "loss.png"):
         assert min(Image.open(tmp_path / name).size) > 400
     # nothing is trained twice
-    checkpoint = tmp_path / "model" / "checkpoints" / "step-0000002" / "model.safetensors"
+    checkpoint = tmp_path / "model" / "checkpoints" / "step-0000002" / "checkpoint.json"
     before = checkpoint.stat().st_mtime_ns
     again = quickstart(tmp_path, vae_steps=2, steps=2)
     assert checkpoint.stat().st_mtime_ns == before

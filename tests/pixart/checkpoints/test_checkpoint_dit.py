@@ -116,13 +116,14 @@ def test_text_can_be_learned() -> None:
 def test_report(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO, logger="pixart.checkpoints"):
         from_dit(dit(), MICRO, 321)
-    copied, derived, fresh = caplog.messages
+    copied, derived, micro, text = caplog.messages
     assert "copied" in copied and "blocks.*.attn.qkv" in copied and "t_embedder.mlp.2" in copied
     assert derived.endswith(
-        "at timestep 321: blocks.*.scale_shift_table, final_layer.scale_shift_table, t_block.1"
+        "re-parameterised (equal at timestep 321): "
+        "blocks.*.scale_shift_table, final_layer.scale_shift_table, t_block.1"
     )
-    assert "blocks.*.cross_attn.proj" in fresh and "y_embedder.y_embedding" in fresh
-    assert "csize_embedder.mlp.0" in fresh
+    assert "initialised (without effect at first)" in micro and "csize_embedder.mlp.0" in micro
+    assert "blocks.*.cross_attn.proj" in text and "y_embedder.y_embedding" in text
 
 
 def test_one_message_lists_every_wrong_key() -> None:

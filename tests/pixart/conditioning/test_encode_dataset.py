@@ -13,7 +13,9 @@ from pixart.conditioning import (
     FeatureCache,
     TextEncoder,
     TooManyBadSamplesError,
+    bucket_table,
     collate,
+    encode,
     encode_dataset,
 )
 from pixart.data import BadSample, ImageFolder, ImageSample
@@ -144,6 +146,36 @@ def test_images_of_one_size_share_batches(tmp_path, vae, text_encoder):
     cache = FeatureCache(tmp_path)
     for i, shape in enumerate(cache.latent_shapes()):
         assert shape == ((4, 4, 4) if int(cache[i]["key"]) % 2 else (4, 2, 8))
+
+
+def test_large_images_come_in_smaller_batches(tmp_path, vae, text_encoder, monkeypatch):
+    monkeypatch.setattr(encode, "_MAX_BATCH_PIXELS", 4 * 8 * 8)
+    recording = RecordingVAE(vae)
+    items = [good(n, *((4, 8), (8, 16), (32, 32))[n % 3]) for n in range(18)]
+    arguments = (recording, text_encoder, tmp_path)
+    encode_dataset(ListSource(items), *arguments, batch_size=6, progress=False)
+    counts = {size[2:]: [b[0] for b in recording.batches if b[2:] == size[2:]]
+              for size in recording.batches}  # fmt: skip
+    assert counts == {(4, 8): [6], (8, 16): [2, 2, 2], (32, 32): [1] * 6}
+
+
+def test_buckets_are_counted(tmp_path, vae, text_encoder):
+    sizes = [(4, 16)] * 3 + [(8, 8), (16, 4)]
+    items = [good(n, *size) for n, size in enumerate(sizes)]
+    # an original a little too low for its bucket
+    items[2] = items[2]._replace(size=(3, 100))
+    items += [bad(5)]
+    encode_dataset(
+        ListSource(items), vae, text_encoder, tmp_path, max_bad_fraction=0.5, progress=False
+    )
+    table = bucket_table(FeatureCache(tmp_path), vae.factor)
+    rows = list(zip(*(column.cells for column in table.columns), strict=True))
+    assert rows == [
+        ("16 x 4", "3", "60.0%", "1"),
+        ("8 x 8", "1", "20.0%", "0"),
+        ("4 x 16", "1", "20.0%", "0"),
+    ]
+    assert table.caption == "1 more were skipped: skipped.jsonl"
 
 
 def test_images_of_many_sizes_do_not_pile_up(tmp_path, vae, text_encoder):

@@ -148,6 +148,9 @@ def test_latents_of_different_sizes_share_a_shard(tmp_path):
     samples = [make_sample(n, shape) for n, shape in enumerate(shapes)]
     cache = write_samples(tmp_path, samples)
     assert cache.latent_shapes() == shapes
+    assert cache.image_sizes() == [
+        tuple(map(int, cache[i]["image_size"])) for i in range(len(cache))
+    ]
     assert cache.keys() == [sample["key"] for sample in samples]
     for i, sample in enumerate(samples):
         assert torch.equal(cache[i]["latent_mean"], sample["latent_mean"].half())

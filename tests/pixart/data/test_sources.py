@@ -8,7 +8,7 @@ import zlib
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageDraw
 
 from pixart.data import BadSample, ImageFolder
 
@@ -84,6 +84,56 @@ def test_size_covers_and_crops_the_centre(tmp_path, width, height):
     crop = np.asarray(covered.crop((left, top, left + big, top + big)), np.float32)
     expected = crop.reshape(size, 4, size, 4, 3).mean((1, 3)).transpose(2, 0, 1) / 127.5 - 1
     assert np.abs(sample.image.numpy() - expected).max() < 0.04
+
+
+BUCKETS = [(48, 96), (64, 64), (96, 48)]
+
+
+@pytest.mark.parametrize(
+    "width, height, bucket",
+    [
+        (200, 200, (64, 64)),
+        (230, 200, (64, 64)),
+        (400, 200, (48, 96)),
+        (444, 100, (48, 96)),
+        (90, 200, (96, 48)),
+        (51, 49, (64, 64)),
+        (40, 20, (48, 96)),
+    ],
+    ids=str,
+)
+def test_buckets_keep_circles_round_and_centred(tmp_path, width, height, bucket):
+    scale = 8
+    disc = Image.new("RGB", (scale * width, scale * height), "white")
+    radius = 0.35 * scale * min(width, height)
+    x, y = scale * width / 2, scale * height / 2
+    ImageDraw.Draw(disc).ellipse((x - radius, y - radius, x + radius, y + radius), "black")
+    sample = one_image(tmp_path, disc.resize((width, height), Image.Resampling.BOX), size=BUCKETS)
+    assert tuple(sample.image.shape[1:]) == bucket
+    assert sample.size == (height, width)
+    # darkness as a mass: where its centre is, and how far it spreads each way
+    dark = (1 - sample.image.mean(0)).numpy()
+    spread = []
+    for axis, side in enumerate(bucket):
+        mass = dark.sum(1 - axis)
+        place = np.arange(side) + 0.5
+        centre = (place * mass).sum() / mass.sum()
+        assert centre == pytest.approx(side / 2, abs=0.2)
+        spread.append(np.sqrt(((place - centre) ** 2 * mass).sum() / mass.sum()))
+    assert spread[0] == pytest.approx(spread[1], rel=0.02)
+    # of a disc that is covered as the bucket is: half of its radius
+    covered = max(bucket[0] / height, bucket[1] / width)
+    assert spread[0] == pytest.approx(covered * radius / scale / 2, rel=0.02)
+
+
+@pytest.mark.parametrize("width, height", [(460, 100), (100, 460)], ids=str)
+def test_images_longer_than_buckets_take_are_bad(tmp_path, width, height):
+    image = Image.new("RGB", (width, height))
+    with pytest.raises(BadSample, match=f"{width}x{height} is longer than 4.5 to 1"):
+        one_image(tmp_path, image, size=BUCKETS)
+    # five to one is no longer than the longest
+    size = one_image(tmp_path, image, size=[*BUCKETS, (32, 160), (160, 32)]).image.shape[1:]
+    assert sorted(size) == [32, 160]
 
 
 def test_downscaling_is_antialiased(tmp_path):
@@ -245,8 +295,8 @@ def test_caption_link_may_not_leave_the_folder(tmp_path):
 def test_folder_and_size_are_checked(tmp_path):
     with pytest.raises(FileNotFoundError, match="is not a folder"):
         ImageFolder(tmp_path / "nowhere")
-    for size in (0, -8, 1.5, True):
-        with pytest.raises(ValueError, match=f"size={size}"):
+    for size in (0, -8, 1.5, True, []):
+        with pytest.raises(ValueError, match=re.escape(f"size={size}")):
             ImageFolder(tmp_path, size)
 
 

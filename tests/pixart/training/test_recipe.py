@@ -9,6 +9,7 @@ import pytest
 import yaml
 
 from pixart import presets
+from pixart.data.aspect_ratios import bucket_sizes
 from pixart.training import TrainRecipe, VAERecipe, load_recipe
 from pixart.training.recipe import builtin_recipes, check_recipe, read_yaml
 
@@ -70,6 +71,31 @@ def test_bad_values_are_named() -> None:
     assert "samples.sampler: got 'dpm'" in said and "dpm-solver++" in said
     assert "optimizer.lr: got 'fast'" in said
     assert "gradient_checkpointing: got 'selectiv'" in said and "did you mean selective?" in said
+
+
+def test_buckets_are_the_papers_or_ones_own() -> None:
+    def sizes(**data: object) -> object:
+        values = {**MINIMAL, "data": {"features": "features", **data}}
+        return check_recipe(TrainRecipe, values, "x").data.sizes(16)
+
+    assert sizes() is None and sizes(size=512) == sizes(size=512, buckets=False) == 512
+    assert sizes(size=512, buckets=True) == bucket_sizes(512, 16)
+    assert sizes(size=960, buckets=["16:9", "1:1"]) == [(720, 1280), (960, 960)]
+
+
+@pytest.mark.parametrize(
+    ("data", "said"),
+    [
+        ({"buckets": True}, "got True; needs data.size"),
+        ({"size": 512, "buckets": [969]}, "got [969]; should be true, false or ratios in quotes"),
+        ({"size": 512, "buckets": []}, "got []; should be true"),
+        ({"size": 512, "buckets": "16:9"}, "got '16:9'; should be true"),
+        ({"size": 512, "buckets": ["16/9"]}, "got ['16/9']; aspect ratio is '16/9'; accepted: wid"),
+    ],
+    ids=str,
+)
+def test_bad_buckets_are_named(data: dict, said: str) -> None:
+    assert f"data.buckets: {said}" in problems({"data": {"features": "x", **data}})
 
 
 def test_bad_models_are_named() -> None:

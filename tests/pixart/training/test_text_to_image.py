@@ -10,7 +10,9 @@ import pytest
 import torch
 from diffusers import AutoencoderKL
 from PIL import Image
+from small_runs import log, run, train_apart
 
+from pixart.cli import encode
 from pixart.conditioning import FeatureCache
 from pixart.generation import PixArtPipeline
 from pixart.training import TrainRecipe, train
@@ -102,6 +104,45 @@ def test_micro_conditions_are_the_originals_size_and_the_crops_ratio(folder: Pat
     wide = {**batch, **{k: batch[k][:, :, :4] for k in ("latent_mean", "latent_std")}}
     task.loss(Spy(), wide)
     assert seen["aspect_ratio"].tolist() == [[0.5]] * 2
+
+
+def test_images_of_many_shapes_train_alike_on_any_number_of_processes(
+    folder: Path, capsys: pytest.CaptureFixture
+) -> None:
+    images = folder / "many"
+    images.mkdir()
+    sizes = [(40, 40)] * 3 + [(64, 32)] * 5 + [(30, 64), (21, 77), (66, 24), (24, 66), (101, 20)]
+    for i, size in enumerate(sizes):
+        Image.new("RGB", size, (20 * i, 99, 9)).save(images / f"{i}.png")
+        (images / f"{i}.txt").write_text(f"picture {i}")
+    data = recipe(folder, "x").data.model_dump(mode="json")
+    data |= {"images": str(images), "features": str(folder / "many-features"), "buckets": True}
+    data |= {"size": 32, "max_bad_fraction": 0.1}
+
+    def of(name: str, accumulation: int) -> TrainRecipe:
+        changes = {"steps": 4, "log_every": 1, "gradient_accumulation": accumulation, "samples": {}}
+        return recipe(folder, name, data=data, **changes)
+
+    (folder / "many.yaml").write_text(of("one", 4).model_dump_json())
+    encode(str(folder / "many.yaml"))
+    said = capsys.readouterr().out
+    assert "32 x 32" in said and "41.7%" in said and "1 more were skipped" in said
+    (row,) = (folder / "many-features" / "skipped.jsonl").read_text().splitlines()
+    assert "101x20 is longer than 4.5 to 1" in row
+    shapes = FeatureCache(folder / "many-features").latent_shapes()
+    assert len(shapes) == 12 and len(set(shapes)) == 6
+    assert all(h * w <= 256 and h % 2 == w % 2 == 0 for _, h, w in shapes)
+
+    run(of("one", 4))
+    train_apart(of("two", 2), processes=2)
+    one, two = log(folder / "one"), log(folder / "two")
+    assert len(one) == 4
+    for row, expected in zip(two, one, strict=True):
+        assert row == pytest.approx(expected, rel=1e-4)
+
+    changed = of("one", 4).data.model_dump(mode="json") | {"buckets": ["1:1", "2:1"]}
+    with pytest.raises(ValueError, match=r"data.buckets: True -> \['1:1', '2:1'\]"):
+        TextToImage(recipe(folder, "changed", data=changed), torch.device("cpu"))
 
 
 def test_latents_are_sampled(folder: Path) -> None:
