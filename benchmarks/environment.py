@@ -53,8 +53,7 @@ def _git(*arguments: str) -> str:
 
 def _commit() -> str:
     """The commit, marked when the checkout differs from it in more than what benchmarks write."""
-    pages = ("README.md", "docs/floor.md", "docs/memory.md")
-    written = ("benchmarks/results", "docs/images", *pages)
+    written = ("benchmarks/results", "docs", "README.md")
     changed = ("status", "--porcelain", "--", ".", *(f":(exclude){path}" for path in written))
     commit = _git("rev-parse", "--short=12", "HEAD")
     return commit + "-dirty" * bool(_git(*changed)) if commit else "unknown"

@@ -85,6 +85,7 @@ def stages(output: Path, resume: bool = False) -> list[Stage]:
         family("kv_compression", weight=1),
         timings("block", "block", weight=3),
         timings("model", "model", *["--resume"] * resume, weight=6),
+        timings("generation", "generation", *["--resume"] * resume, weight=8),
     ]
 
 

@@ -19,6 +19,7 @@ matplotlib.use("Agg")
 from matplotlib import pyplot
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator
 
 from benchmarks.attention import PASSES, ROOF
 from benchmarks.attention_providers import OURS
@@ -190,6 +191,46 @@ def throughputs(rows: list[dict]) -> Figure:
     return figure
 
 
+def transitions(rows: list[dict]) -> Figure:
+    """A panel for each transition, a line for each start."""
+    names = list(dict.fromkeys(row["transition"] for row in rows))
+    figure, axes = pyplot.subplots(
+        1, len(names), figsize=(4.2 * len(names), 4.4), squeeze=False, layout="constrained"
+    )
+    for ax, name in zip(axes.flat, names, strict=True):
+        here = [row for row in rows if row["transition"] == name]
+        ax.axhline(here[0]["before"], color="0.6", linestyle=":", label="just before")
+        for row in here:
+            kind = row["start"].partition(":")[0]
+            colour, style = STARTS.get(kind, ("tab:purple", "-."))
+            ax.plot(row["steps"], row["error"], style, color=colour, marker=".", label=row["start"])
+        # linear to begin with: the first point is right after the transition, at 0
+        ax.set_xscale("symlog", linthresh=10)
+        ax.set_xlim(left=0)
+        ax.set_yscale("log")
+        ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        ax.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+        ax.yaxis.set_minor_formatter(lambda value, _: "")
+        ax.set_title(name, fontsize=10)
+        ax.set_xlabel("steps after the transition")
+        ax.legend(fontsize=8)
+        ax.grid(alpha=0.3, which="both")
+    axes[0, 0].set_ylabel("error of the predicted noise")
+    one = rows[0]
+    figure.suptitle(
+        f"{one['device']}, torch {one['torch']}, commit {one['commit']}, seed {one['seed']}",
+        fontsize=9,
+    )
+    return figure
+
+
+STARTS = {
+    "grown": ("tab:blue", "-"),
+    "wrong": ("tab:red", "--"),
+    "from scratch": ("tab:gray", "--"),
+}
+
+
 def _save(figure: Figure, name: str) -> None:
     IMAGES.mkdir(parents=True, exist_ok=True)
     figure.savefig(IMAGES / name, dpi=90, metadata={"Software": None})
@@ -207,6 +248,9 @@ def main(argv: list[str]) -> None:
         rows = [row for row in map(json.loads, file.read_text().splitlines()) if "timings" in row]
         if rows:
             _save(throughputs(rows), f"attention-{file.parent.name}.png")
+    file = results / "cpu" / "transitions.jsonl"
+    if file.is_file():
+        _save(transitions([json.loads(line) for line in file.open()]), "transitions.png")
     for file in sorted(results.glob("*/*.jsonl")):
         if file.stem not in FAMILIES:
             continue

@@ -16,7 +16,10 @@ from benchmarks.rivals import EAGER_16BIT, baseline
 
 ROOT = Path(__file__).parents[1]
 RESULTS = "benchmarks/results"
-PAGES = ("README.md", "docs/floor.md", "docs/memory.md")
+PAGES = (
+    "README.md",
+    *(f"docs/{name}.md" for name in ("benchmarks", "floor", "generation", "memory", "stages")),
+)
 STOCK = "diffusers"  # what whole models are compared with
 MMAPPED = 32 * 2**20  # bytes; above glibc's largest threshold
 LARGE_TOKENS = 32 * 1024  # from here on a GPU is full, and bandwidth all that counts
@@ -354,6 +357,7 @@ def gpu(results: Path) -> str:
     tables = [gpu_table(file) for file in named if file.exists()]
     tables += [attention_gpu_table(file) for file in attention_files(results)]
     tables += [model(file) for file in sorted(results.glob("sm_*/model.jsonl"))]
+    tables += [generation(file) for file in sorted(results.glob("sm_*/generation.jsonl"))]
     cross = sorted(results.glob("sm_*/cross_attention.jsonl"))
     tables += [cross_attention_table(file) for file in cross if _has_timings(file)]
     if not tables:
@@ -440,6 +444,46 @@ def model(file: Path) -> str:
     return "\n".join([*lines, "", caption])
 
 
+def generation(file: Path) -> str:
+    """Steps a second, seconds to the first picture and memory, of ours and of diffusers'."""
+    if not _has_timings(file):
+        return "No run is recorded yet."
+    everything = _rows(file)
+    rows = [row for row in everything if "timings" in row]
+    names = list(dict.fromkeys(name for row in rows for name in row["timings"]))
+    lines = ["| pictures | " + " | ".join(names) + " |", "|---|" + "---|" * len(names)]
+    for row in rows:
+        cells = [f"{row['model']}, {row['pixels']}px, {row['shape'][0]}, {row['steps']} steps"]
+        for name in names:
+            if name not in row["timings"]:
+                cells.append("–")
+                continue
+            rate = 1e3 * row["steps"] / row["timings"][name]["median"]
+            text = f"{rate:.3g} it/s, {row['first_seconds'][name]:.3g} s"
+            if name in row["peak_bytes"]:
+                text += f", {row['peak_bytes'][name] / 2**30:.2f} GiB"
+            if name != STOCK:
+                ratio = row["speedups"][name]
+                text = f"{ratio['median']:.2f}× ({ratio['p20']:.2f}–{ratio['p80']:.2f}), {text}"
+                text = f"**{text}**" if ratio["median"] < 1 else text
+            cells.append(text)
+        lines.append(f"| {' | '.join(cells)} |")
+    one = rows[0]
+    disturbed = sum(not row["quiet"] for row in rows)
+    caption = (
+        f"Pictures drawn together, with guidance; times as fast as {STOCK}, turn by turn: median, "
+        "and from the 20th to the 80th percentile (bold: slower); steps of all pictures a second; "
+        "seconds to the first picture of a new process, compiling, capturing and decoding "
+        "included, reading weights and encoding texts not"
+        + ("; memory at its peak, weights included" if any(r["peak_bytes"] for r in rows) else "")
+        + ". The same random weights, on which speed does not depend; latents compared first. "
+        f"{one['device']}, {one['dtype']}, torch {one['torch']}, commit {one['commit']}"
+        + (f"; {disturbed} of {len(rows)} rows beside other work" if disturbed else "")
+        + f". {_link(file)}.{_missing(everything)}"
+    )
+    return "\n".join([*lines, "", caption])
+
+
 def _listed(values: list) -> str:
     *rest, last = map(str, values)
     return f"{', '.join(rest)} and {last}" if rest else last
@@ -494,7 +538,55 @@ def memory(file: Path) -> str:
         "\n\nBytes for each image token, and the share of diffusers'. "
         f"{batch} × {tokens} tokens of {width} channels, {one['text']} tokens of text, "
         f"torch {one['torch']}, commit {one['commit']}. "
-        f"Tensor by tensor: [{file.name}](../{file.relative_to(ROOT)})."
+        f"Tensor by tensor: [{file.name}]({file.relative_to(ROOT)})."
+    )
+
+
+def generation_memory(file: Path) -> str:
+    """Gigabytes at the peak of each part of drawing, by size and memory mode."""
+    if not file.is_file():
+        return "No run is recorded yet."
+    rows = _rows(file)
+    parts = ("text", "denoise", "decode", "peak")
+    lines = [
+        "| picture | `--memory` | text | denoising | decoding | peak |",
+        "|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        cells = (f"{row[part] / 1e9:.1f} GB" for part in parts)
+        lines.append(f"| {row['pixels']} × {row['pixels']} | {row['mode']} | {' | '.join(cells)} |")
+    one = rows[0]
+    return "\n".join(lines) + (
+        f"\n\nOne picture, {one['how']}, weights included: {one['dtype']}, guidance, "
+        f"{one['text_tokens']} tokens of text. Torch {one['torch']}, commit {one['commit']}, "
+        f"[{file.name}]({file.relative_to(ROOT)})."
+    )
+
+
+def transitions(file: Path) -> str:
+    """The error right after each transition and later, rightly made, wrongly and from scratch."""
+    if not file.is_file():
+        return ""
+    rows = _rows(file)
+    last = rows[0]["steps"][-1]
+    few = next(step for step in rows[0]["steps"] if step >= last / 10)
+    lines = [
+        f"| | just before | right after | {few} steps later | {last} steps later |",
+        "|---|---|---|---|---|",
+    ]
+    for name in dict.fromkeys(row["transition"] for row in rows):
+        here = [row for row in rows if row["transition"] == name]
+        lines.append(f"| **{name}** | {here[0]['before']:.3f} | | | |")
+        for row in here:
+            error = dict(zip(row["steps"], row["error"], strict=True))
+            lines.append(
+                f"| {row['start']} | | {error[0]:.3f} | {error[few]:.3f} | {error[last]:.3f} |"
+            )
+    one = rows[0]
+    return "\n".join(lines) + (
+        f"\n\nMean squared error of the predicted noise; one seed. {one['device']}, "
+        f"torch {one['torch']}, commit {one['commit']}, "
+        f"[{file.name}]({file.relative_to(ROOT)})."
     )
 
 
@@ -555,7 +647,7 @@ def floor_counts(file: Path) -> str:
         flops = f"Counted other FLOPs: {', '.join(sorted(differ))}"
     caption = (
         f"{flops}. Torch {one['torch']}, commit {one['commit']}, "
-        f"[{file.name}](../{file.relative_to(ROOT)})."
+        f"[{file.name}]({file.relative_to(ROOT)})."
     )
     return "\n".join([*lines, "", caption])
 
@@ -572,26 +664,37 @@ BLOCKS: dict[str, Callable[[Path], str]] = {
     "block": lambda results: block(results / "cpu" / "block.jsonl"),
     "floor-counts": lambda results: floor_counts(results / "cpu" / "floor.jsonl"),
     "floor-sites": lambda results: floor_sites(results / "cpu" / "floor.jsonl"),
+    "generation": lambda results: generation(results / "cpu" / "generation.jsonl"),
     "gpu": lambda results: gpu(results),
+    "generation-memory": lambda results: generation_memory(
+        results / "cpu" / "generation_memory.jsonl"
+    ),
     "memory": lambda results: memory(results / "cpu" / "memory.jsonl"),
     "model": lambda results: model(results / "cpu" / "model.jsonl"),
     "quickstart": lambda results: quickstart(results / "cpu" / "quickstart.jsonl"),
+    "transitions": lambda results: transitions(results / "cpu" / "transitions.jsonl"),
 }
 
 
-def updated(page: str) -> str:
+def updated(page: str, in_docs: bool = False) -> str:
+    """A page's text, in the root or in docs/, with the tables that the results make now."""
     for name, text in BLOCKS.items():
         begin, end = f"<!-- {name}: begin -->", f"<!-- {name}: end -->"
         if begin not in page:
             continue
         before, _, rest = page.partition(begin)
         _, _, after = rest.partition(end)
-        page = f"{before}{begin}\n{text(ROOT / RESULTS)}\n{end}{after}"
+        table = text(ROOT / RESULTS)
+        if in_docs:
+            # links are written from the root
+            table = table.replace("](docs/", "](").replace("](benchmarks/", "](../benchmarks/")
+        page = f"{before}{begin}\n{table}\n{end}{after}"
     return page
 
 
 def main(argv: list[str]) -> None:
     description = (__doc__ or "").splitlines()[0]
     argparse.ArgumentParser("python -m benchmarks report", description=description).parse_args(argv)
-    for path in (ROOT / name for name in PAGES):
-        path.write_text(updated(path.read_text()))
+    for name in PAGES:
+        page = ROOT / name
+        page.write_text(updated(page.read_text(), in_docs=name.startswith("docs/")))

@@ -74,23 +74,32 @@ def busy_seconds() -> float:
     return (user + nice + system + irq + softirq + steal) / os.sysconf("SC_CLK_TCK")
 
 
-def _round(calls: Mapping[str, Callable[[], object]]) -> tuple[dict[str, list[float]], float]:
+def _round(
+    calls: Mapping[str, Callable[[], object]], own: Callable[[], float]
+) -> tuple[dict[str, list[float]], float]:
     times: dict[str, list[float]] = {name: [] for name in calls}
-    busy, own, start = busy_seconds(), time.process_time(), time.perf_counter()
+    busy, own_before, start = busy_seconds(), own(), time.perf_counter()
     while time.perf_counter() - start < ROUND_SECONDS:
         for name, call in calls.items():
             before = time.perf_counter()
             call()
             times[name].append(1e3 * (time.perf_counter() - before))
     wall = time.perf_counter() - start
-    foreign = (busy_seconds() - busy - (time.process_time() - own)) / wall
+    foreign = (busy_seconds() - busy - (own() - own_before)) / wall
     return times, foreign
 
 
 def measure(
-    calls: Mapping[str, Callable[[], object]], seconds: float = 60.0, repeats: int = 1
+    calls: Mapping[str, Callable[[], object]],
+    seconds: float = 60.0,
+    repeats: int = 1,
+    warm_ups: int = 2,
+    own: Callable[[], float] = lambda: time.process_time(),
 ) -> Measurement:
     """Times ``calls``, each of which does its work ``repeats`` times, by the wall clock.
+
+    ``own`` says what CPU seconds the calls and this process have used: whatever else the machine
+    is busy with is foreign.
 
     Ends when ``ROUNDS`` quiet rounds with ``MIN_CALLS`` of each are kept or, with at least
     ``MIN_ROUNDS``, when ``seconds`` are over. Where quiet rounds are too few, the least disturbed
@@ -98,8 +107,8 @@ def measure(
     """
     deadline = time.perf_counter() + seconds
     for call in calls.values():
-        call()
-        call()
+        for _ in range(warm_ups):
+            call()
     kept: list[tuple[dict[str, list[float]], float]] = []
     disturbed: list[tuple[dict[str, list[float]], float]] = []
 
@@ -112,7 +121,7 @@ def measure(
             disturbed.sort(key=lambda item: item[1])
             kept += disturbed[: max(0, MIN_ROUNDS - len(kept))]
             break
-        found = _round(calls)
+        found = _round(calls, own)
         if found[1] <= MAX_FOREIGN:
             kept.append(found)
         else:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import logging
 import os
 import sys
@@ -29,6 +30,15 @@ Overrides = Annotated[
     typer.Argument(help="changes, e.g. steps=500 optimizer.lr=1e-4", show_default=False),
 ]
 Device = Annotated[str | None, typer.Option(help="cuda, cpu, ...; default: cuda where it is")]
+Loras = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--lora",
+        metavar="FILE[:SCALE]",
+        help="merge a LoRA in: peft's, diffusers' or kohya's file or folder; may come again",
+        show_default=False,
+    ),
+]
 
 
 @app.command()
@@ -56,10 +66,14 @@ def train(recipe: Recipe, overrides: Overrides = None) -> None:
     """
     from pixart.training import TrainRecipe, load_recipe
     from pixart.training import train as run
+    from pixart.training.class_to_image import ClassToImage
+    from pixart.training.distill import Distillation
     from pixart.training.text_to_image import TextToImage
 
     checked = load_recipe(TrainRecipe, recipe, overrides or ())
-    run(checked, lambda device: TextToImage(checked, device))
+    of_class = checked.config.conditioning == "class"
+    task = ClassToImage if of_class else Distillation if checked.distill else TextToImage
+    run(checked, lambda device: task(checked, device))
 
 
 @app.command()
@@ -75,15 +89,25 @@ def train_vae(recipe: Recipe, overrides: Overrides = None) -> None:
 
 @data_app.command()
 def encode(recipe: Recipe, overrides: Overrides = None, device: Device = None) -> None:
-    """Encode a recipe's images and captions into its feature cache, and stop there.
+    """Encode a recipe's images and captions into its feature cache, and count what it holds.
 
     `pixart train` does the same before it begins; an interrupted encoding goes on where it was.
     """
+    from rich.console import Console
+
+    from pixart.conditioning import VAE, FeatureCache, bucket_table
     from pixart.training import TrainRecipe, load_recipe
+    from pixart.training.class_to_image import encode_classes
     from pixart.training.text_to_image import encode_images
 
     checked = load_recipe(TrainRecipe, recipe, overrides or ())
-    encode_images(checked.data, checked.config.max_caption_tokens, _device(device))
+    data = checked.data
+    if data.images is None or data.vae is None:
+        raise ValueError("data.images and data.vae are needed: what to encode, and with what")
+    of_class = checked.config.conditioning == "class"
+    (encode_classes if of_class else encode_images)(data, checked.config, _device(device))
+    factor = VAE.from_pretrained(data.vae).factor
+    Console().print(bucket_table(FeatureCache(data.features), factor))
 
 
 @app.command()
@@ -99,7 +123,8 @@ def generate(
             "--prompts",
             metavar="FILE",
             help="more of them, one a line; in a .jsonl file each line is an object: prompt, "
-            "negative_prompt, height, width, aspect_ratio, seed, steps, guidance_scale",
+            "negative_prompt, height, width, aspect_ratio, seed, steps, guidance_scale, image, "
+            "mask, strength; paths are relative to the file",
         ),
     ] = None,
     output: Annotated[Path, typer.Option("--output", "-o", help="folder for the PNGs")] = Path(
@@ -111,12 +136,20 @@ def generate(
     ] = None,
     height: Annotated[int | None, typer.Option(help="pixels; default: as trained")] = None,
     width: Annotated[int | None, typer.Option(help="pixels; default: as trained")] = None,
-    steps: Annotated[int, typer.Option(help="steps of the sampler")] = 20,
-    sampler: Annotated[str, typer.Option(help="dpm-solver++, ddim, euler, iddpm, ...")] = (
-        "dpm-solver++"
-    ),
+    lora: Loras = None,
+    steps: Annotated[
+        int | None, typer.Option(help="steps of the sampler; default: 20, with lcm 4, with dmd 1")
+    ] = None,
+    sampler: Annotated[
+        str | None,
+        typer.Option(
+            help="dpm-solver++, ddim, euler, iddpm, ...; lcm or dmd for distilled models; default: "
+            "dpm-solver++, or lcm where a diffusers folder says so"
+        ),
+    ] = None,
     guidance_scale: Annotated[
-        float | None, typer.Option(help="1: no guidance; default: what suits the model")
+        float | None,
+        typer.Option(help="1: no guidance; default: what suits the model, with lcm and dmd 1"),
     ] = None,
     guidance_mask: Annotated[
         str, typer.Option(help="official, or diffusers: how the empty prompt is attended")
@@ -137,6 +170,16 @@ def generate(
     device: Device = None,
     cuda_graphs: Annotated[
         bool, typer.Option("--cuda-graphs", help="replay the model from a CUDA graph for each size")
+    ] = False,
+    memory: Annotated[
+        str,
+        typer.Option(
+            help="high: all parts stay on the device; low: they take turns, and large pictures "
+            "are decoded in tiles; auto: high where there is room"
+        ),
+    ] = "auto",
+    text_8bit: Annotated[
+        bool, typer.Option("--text-8bit", help="the text encoder in 8 bits; needs bitsandbytes")
     ] = False,
 ) -> None:
     """Draw prompts with a trained model.
@@ -162,14 +205,18 @@ def generate(
     place = _device(device)
     if cuda_graphs and place.type != "cuda":
         raise ValueError(f"--cuda-graphs needs a GPU, and the pictures are drawn on {place}")
-    note, source = {"model": str(model)}, None
-    if image is not None:
-        source = pictures.Source.open(image, mask, strength)
-        note["image_file"] = str(image)
-        if aspect_ratio is None:
-            width, height = width or source.image.width, height or source.image.height
+    loras = _loras(lora)
+    note: dict[str, Any] = {"model": str(model)}
+    if loras:
+        note["loras"] = [f"{file}:{scale:g}" for file, scale in loras]
     pipeline = PixArtPipeline.from_pretrained(
-        model, dtype=getattr(torch, dtype), device=place, cuda_graphs=cuda_graphs
+        model,
+        dtype=getattr(torch, dtype),
+        device=place,
+        cuda_graphs=cuda_graphs,
+        memory=memory,
+        text_8bit=text_8bit,
+        loras=loras,
     )
     todo = pictures.resolve(
         requests,
@@ -183,6 +230,7 @@ def generate(
         sampler=sampler,
         guidance_scale=guidance_scale,
         guidance_mask=guidance_mask,
+        source=None if image is None else pictures.Source(image, mask, strength),
     )
     with Progress(*Progress.get_default_columns(), MofNCompleteColumn()) as progress:
         bar = progress.add_task("drawing", total=len(todo))
@@ -190,7 +238,6 @@ def generate(
             pipeline,
             todo,
             output,
-            source=source,
             batch_size=batch_size,
             note=note,
             callback=lambda done, total: progress.update(bar, completed=done, total=total),
@@ -200,6 +247,68 @@ def generate(
         sheet = pictures.sheet_of(paths, [picture.prompt for picture in todo])
         write_atomically(output / "contact-sheet.png", partial(sheet.save, format="PNG"))
         print(output / "contact-sheet.png")
+
+
+@app.command()
+def serve(
+    model: Annotated[Path, typer.Argument(help="folder that `pixart train` or diffusers wrote")],
+    host: Annotated[str, typer.Option(help="address to listen on")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0: any that is free")] = 7860,
+    token: Annotated[
+        str | None,
+        typer.Option(help="what visitors must know; made up where other machines reach --host"),
+    ] = None,
+    max_side: Annotated[
+        int | None, typer.Option(min=1, help="pixels; default: twice what the model trained at")
+    ] = None,
+    max_steps: Annotated[int, typer.Option(min=1, max=1000, help="steps of a picture")] = 100,
+    max_prompt: Annotated[int, typer.Option(min=1, help="characters")] = 2000,
+    max_queue: Annotated[int, typer.Option(min=0, help="pictures that may wait")] = 16,
+    max_rate: Annotated[int, typer.Option(min=1, help="pictures a minute for one client")] = 30,
+    sampler: Annotated[
+        str | None, typer.Option(help="as for `generate`; default: what suits the model")
+    ] = None,
+    lora: Loras = None,
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16")] = "float32",
+    device: Device = None,
+    cuda_graphs: Annotated[
+        bool, typer.Option("--cuda-graphs", help="replay the model from a CUDA graph for each size")
+    ] = False,
+) -> None:
+    """Open a web page that draws, and an HTTP API beside it.
+
+    For this machine alone unless --host says otherwise, which needs a token. Ctrl-C ends it, and
+    deletes the pictures that nobody downloaded.
+    """
+    if importlib.util.find_spec("gradio") is None:
+        raise ModuleNotFoundError("the web page needs Gradio: pip install 'pixart-kernels[web]'")
+    import torch
+
+    from pixart.generation import PixArtPipeline
+    from pixart.webui.limits import Limits
+    from pixart.webui.server import serve as run
+
+    if dtype not in ("float32", "bfloat16", "float16"):
+        raise ValueError(f"--dtype is {dtype!r}; accepted: float32, bfloat16, float16")
+    loras = _loras(lora)
+    note: dict[str, Any] = {"model": str(model)}
+    if loras:
+        note["loras"] = [f"{file}:{scale:g}" for file, scale in loras]
+    pipeline = PixArtPipeline.from_pretrained(
+        model,
+        dtype=getattr(torch, dtype),
+        device=_device(device),
+        cuda_graphs=cuda_graphs,
+        loras=loras,
+    )
+    limits = Limits(
+        side=2 * max(pipeline.size()) if max_side is None else max_side,
+        steps=max_steps,
+        prompt=max_prompt,
+        queue=max_queue,
+        rate=max_rate,
+    )
+    run(pipeline, limits, note, sampler=sampler, host=host, port=port, token=token)
 
 
 @app.command()
@@ -215,12 +324,10 @@ def convert(
     config: Annotated[
         Path | None, typer.Option(help="the same, from a config.json that we wrote")
     ] = None,
-    from_dit: Annotated[
-        bool, typer.Option(help="the source is a DiT: start a PixArt of --preset from it")
-    ] = False,
+    lora: Loras = None,
 ) -> None:
-    """Convert weights between formats, without loss, or start a PixArt from a DiT."""
-    from pixart import PixArt, PixArtConfig, checkpoints, presets
+    """Convert weights between formats, without loss, and merge LoRAs into them."""
+    from pixart import PixArt, checkpoints
 
     writers = {
         "pixart": checkpoints.save,
@@ -229,21 +336,97 @@ def convert(
     }
     if to not in writers:
         raise ValueError(f"--to is {to!r}; accepted: {', '.join(writers)}")
-    if preset is not None and preset not in presets:
-        raise ValueError(f"--preset is {preset!r}; accepted: {', '.join(presets)}")
-    if target.exists() and not (target.is_dir() and not any(target.iterdir())):
-        raise ValueError(f"{target} exists already: name a new one, or delete it")
-    shape = presets[preset] if preset is not None else None
-    if config is not None:
-        shape = PixArtConfig.from_json(config)
-    if from_dit:
-        if shape is None:
-            raise ValueError("--from-dit needs --preset or --config, the PixArt to start")
-        model = checkpoints.from_dit(source, shape)
-    else:
-        model = PixArt.from_pretrained(source, shape)
+    _must_be_new(target)
+    model = PixArt.from_pretrained(source, _shape(preset, config))
+    for file, scale in _loras(lora):
+        checkpoints.load_lora(model, file, scale)
     writers[to](model, target)
     print(f"{target}: {sum(p.numel() for p in model.parameters()):,} parameters")
+
+
+@app.command()
+def grow(
+    source: Annotated[Path, typer.Argument(help="a trained model, as for `convert`, or a DiT")],
+    target: Annotated[Path, typer.Argument(help="folder for the grown one")],
+    preset: Annotated[str | None, typer.Option(help="what it becomes, as sigma-1024")] = None,
+    config: Annotated[Path | None, typer.Option(help="the same, from a config.json")] = None,
+    source_preset: Annotated[
+        str | None, typer.Option(help="what the source is, where its file does not tell")
+    ] = None,
+    vae_swap: Annotated[
+        bool, typer.Option(help="the grown model has another autoencoder than the source")
+    ] = False,
+) -> None:
+    """Turn one stage's model into the next one's, and say what became of its parts.
+
+    To a larger size, longer captions, micro-conditioning, KV compression, more blocks, or from
+    classes to text. Then train it: model.init=TARGET in the next stage's recipe.
+    """
+    from rich.console import Console
+    from rich.table import Table
+
+    from pixart import PixArt, checkpoints
+
+    shape = _shape(preset, config)
+    if shape is None:
+        raise ValueError("what is the model to become? give --preset or --config")
+    _must_be_new(target)
+    model = PixArt.from_pretrained(source, _shape(source_preset, None))
+    grown, changes = checkpoints.grow(model, shape, vae_swap=vae_swap)
+    checkpoints.save(grown, target)
+    table = Table("", "layers", "parameters", "how")
+    for change in changes:
+        count = f"{change.parameters:,}" if change.parameters else ""
+        table.add_row(change.kind, change.parts, count, change.how)
+    Console().print(table)
+    print(f"{target}: {sum(p.numel() for p in grown.parameters()):,} parameters")
+
+
+@app.command()
+def plan(
+    recipe: Recipe,
+    overrides: Overrides = None,
+    device: Annotated[str, typer.Option(help="v100, a100, h100 or h200")] = "h100",
+    count: Annotated[int, typer.Option(help="devices, each with a process")] = 1,
+    measured: Annotated[
+        Path | None,
+        typer.Option(metavar="RUN", help="folder of a short run of the recipe on such devices"),
+    ] = None,
+    efficiency: Annotated[
+        float | None, typer.Option(help="share of the floor that is reached; default: the papers'")
+    ] = None,
+    price: Annotated[
+        float | None, typer.Option(help="dollars an hour of one device; default: a typical one")
+    ] = None,
+    grid: Annotated[
+        float | None, typer.Option(help="grams of CO2 a kWh; default: the world's mean")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="for programs")] = False,
+) -> None:
+    """Predict what a recipe takes: memory, time, money, energy. Nothing is read but the recipe."""
+    import json
+    from dataclasses import asdict
+
+    from rich.console import Console
+
+    from pixart import planning
+    from pixart.training import TrainRecipe, load_recipe
+
+    if device not in planning.DEVICES:
+        raise ValueError(f"--device is {device!r}; accepted: {', '.join(planning.DEVICES)}")
+    found = planning.plan(
+        load_recipe(TrainRecipe, recipe, overrides or ()),
+        planning.DEVICES[device],
+        count,
+        efficiency=efficiency,
+        measured=measured,
+        dollars_per_hour=price,
+        grid=planning.WORLD_GRID if grid is None else grid,
+    )
+    if as_json:
+        print(json.dumps(asdict(found), indent=2))
+    else:
+        Console().print(planning.table(found))
 
 
 @app.command()
@@ -252,6 +435,34 @@ def doctor() -> None:
     from pixart_kernels.doctor import report
 
     print(report())
+
+
+def _shape(preset: str | None, config: Path | None) -> Any:
+    from pixart import PixArtConfig, presets
+
+    if preset is not None and preset not in presets:
+        raise ValueError(f"{preset!r} is no preset; accepted: {', '.join(presets)}")
+    if config is not None:
+        return PixArtConfig.from_json(config)
+    return None if preset is None else presets[preset]
+
+
+def _must_be_new(target: Path) -> None:
+    if target.exists() and not (target.is_dir() and not any(target.iterdir())):
+        raise ValueError(f"{target} exists already: name a new one, or delete it")
+
+
+def _loras(given: list[str] | None) -> list[tuple[Path, float]]:
+    loras = []
+    for text in given or ():
+        file, colon, scale = text.rpartition(":")
+        if not colon or Path(text).exists():
+            file, scale = text, "1"
+        try:
+            loras.append((Path(file), float(scale)))
+        except ValueError:
+            raise ValueError(f"--lora is {text!r}; accepted: FILE or FILE:SCALE") from None
+    return loras
 
 
 def _device(name: str | None) -> Any:

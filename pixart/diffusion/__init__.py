@@ -2,7 +2,7 @@
 
 from .guidance import GUIDANCE_MASKS, GuidedModel
 from .objective import Objective
-from .samplers import SAMPLERS, sample
+from .samplers import SAMPLERS, defaults, sample
 from .schedule import NoiseSchedule
 
 __all__ = [
@@ -11,5 +11,6 @@ __all__ = [
     "GuidedModel",
     "NoiseSchedule",
     "Objective",
+    "defaults",
     "sample",
 ]

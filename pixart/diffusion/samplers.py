@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import diffusers
@@ -107,13 +108,22 @@ def _every_step(make: Callable[[NoiseSchedule], Any]) -> Solver:
 
     def build(schedule: NoiseSchedule, steps: int, device: torch.device) -> tuple[Any, Tensor]:
         # Ends at T-1 ("trailing" in arXiv:2305.08891, table 2), the level that pure noise is at.
-        total = len(schedule)
-        respaced = schedule.respaced([total * i // steps - 1 for i in range(1, steps + 1)])
-        scheduler = make(respaced)
-        scheduler.set_timesteps(steps, device=device)
-        return scheduler, respaced.timesteps.to(device)[scheduler.timesteps.long()]
+        kept = [len(schedule) * i // steps - 1 for i in range(1, steps + 1)]
+        return _visiting(kept, schedule, make, device)
 
     return build
+
+
+def _visiting(
+    kept: list[int],
+    schedule: NoiseSchedule,
+    make: Callable[[NoiseSchedule], Any],
+    device: torch.device,
+) -> tuple[Any, Tensor]:
+    respaced = schedule.respaced(kept)
+    scheduler = make(respaced)
+    scheduler.set_timesteps(len(kept), device=device)
+    return scheduler, respaced.timesteps.to(device)[scheduler.timesteps.long()]
 
 
 def _one_step(name: str, **options: Any) -> Solver:
@@ -125,6 +135,35 @@ def _sa_solver(schedule: NoiseSchedule, steps: int, device: torch.device) -> tup
     low, high = 0.2 * len(schedule), 0.8 * len(schedule)
     solver = _multistep("SASolverScheduler", tau_func=lambda t: int(low <= t <= high))
     return solver(schedule, steps, device)
+
+
+LCM_TIMESTEPS = 50
+DMD_TIMESTEP = 400
+
+
+def _lcm(schedule: NoiseSchedule, steps: int, device: torch.device) -> tuple[Any, Tensor]:
+    """Multistep consistency sampling (arXiv:2310.04378, algorithm 3; PixArt-delta, 2401.05252).
+
+    Each call predicts clean latents, which are noised again, to the level of the next. Its
+    timesteps are some of the 50 that the student was distilled at.
+    """
+    if steps > LCM_TIMESTEPS:
+        raise ValueError(f'sampler "lcm" takes at most {LCM_TIMESTEPS} steps, got {steps}')
+    options = {"original_inference_steps": LCM_TIMESTEPS, "clip_sample": False}
+    scheduler = _diffusers_scheduler("LCMScheduler", schedule, **options)
+    scheduler.set_timesteps(steps, device=device)
+    return scheduler, scheduler.timesteps
+
+
+def _dmd(schedule: NoiseSchedule, steps: int, device: torch.device) -> tuple[Any, Tensor]:
+    """The clean latents that a one-step student (arXiv:2311.18828) predicts from noise.
+
+    PixArt's takes pure noise for latents of timestep 400: see the appendix of arXiv:2403.04692.
+    """
+    if steps != 1:
+        raise ValueError(f'sampler "dmd" takes 1 step, got {steps}')
+    ddim = partial(_diffusers_scheduler, "DDIMScheduler", clip_sample=False)
+    return _visiting([DMD_TIMESTEP], schedule, ddim, device)
 
 
 # Latents are not confined to [-1, 1]: nothing is clipped. A step is one call of the model, except
@@ -142,10 +181,23 @@ SAMPLERS: dict[str, Solver] = {
     "pndm": _one_step("PNDMScheduler", set_alpha_to_one=True, skip_prk_steps=True),
     "ddpm": _one_step("DDPMScheduler", clip_sample=False),
     "iddpm": _every_step(LearnedRangeSampler),
+    "lcm": _lcm,
+    "dmd": _dmd,
 }
+
+# those for distilled models, and in how many steps these draw
+DISTILLED = {"lcm": 4, "dmd": 1}
 
 # its multistep formula is for a run whose first timestep comes twice
 STARTS_FROM_NOISE_ALONE = ("pndm",)
+
+
+def defaults(sampler: str, guidance_scale: float = 4.5) -> tuple[int, float]:
+    """Steps, and the guidance scale: the one that suits the model, but 1 for a distilled one.
+
+    A distilled model was taught what its teacher draws with guidance.
+    """
+    return (DISTILLED[sampler], 1.0) if sampler in DISTILLED else (20, guidance_scale)
 
 
 @torch.no_grad()
@@ -158,8 +210,8 @@ def sample(
     null_caption: Tensor | None = None,
     null_mask: Tensor | None = None,
     sampler: str = "dpm-solver++",
-    steps: int = 20,
-    guidance_scale: float = 4.5,
+    steps: int | None = None,
+    guidance_scale: float | None = None,
     guidance_mask: str = "official",
     generators: Sequence[torch.Generator] | None = None,
     image_size: Tensor | None = None,
@@ -169,6 +221,7 @@ def sample(
     mask: Tensor | None = None,
     schedule: NoiseSchedule | None = None,
     callback: Callable[[int, int, Tensor], None] | None = None,
+    preview: Callable[[Tensor], None] | None = None,
     prepare: Callable[[Tensor], None] | None = None,
 ) -> Tensor:
     """Turn noise into latents, or latents into others.
@@ -177,11 +230,12 @@ def sample(
     always whole numbers; the solver's state is float32 throughout.
 
     Args:
-        model, caption, caption_mask, null_caption, null_mask, guidance_scale, guidance_mask,
-            image_size, aspect_ratio: see ``GuidedModel``.
+        model, caption, caption_mask, null_caption, null_mask, guidance_mask, image_size,
+            aspect_ratio: see ``GuidedModel``.
         noise: (B, C, H, W) unit Gaussian.
         sampler: a name in ``SAMPLERS``.
-        steps: steps of the solver, 1 ... T.
+        steps: steps of the solver, 1 ... T ("lcm": to 50, "dmd": 1); None: see ``defaults``.
+        guidance_scale: see ``GuidedModel``; None: see ``defaults``.
         generators: B generators, on the CPU or the device of ``noise``: stochastic samplers draw
             each sample's noise from its own, so that a picture does not depend on its batch.
             None draws from the global one.
@@ -192,6 +246,8 @@ def sample(
         schedule: the schedule ``model`` was trained with; None: PixArt's.
         callback: called after every model call as ``callback(index, total, latents)`` with
             float32 latents in the solver's own scale.
+        preview: called after every model call with the clean latents (B, C, H, W) float32 that
+            the model sees in its noisy ones, by the level of the nearest whole timestep.
         prepare: called once before the first model call with all its timesteps, (calls,) float32.
 
     Returns:
@@ -205,6 +261,9 @@ def sample(
         raise ValueError(f"sampler must be one of {sorted(SAMPLERS)}, got {sampler!r}")
     if not torch.equal(schedule.timesteps, torch.arange(len(schedule))):
         raise ValueError("schedule must be the one trained with, not a respaced one: use steps")
+    by_default = defaults(sampler)
+    steps = by_default[0] if steps is None else steps
+    guidance_scale = by_default[1] if guidance_scale is None else guidance_scale
     if not 1 <= steps <= len(schedule):
         raise ValueError(f"steps must be in [1, {len(schedule)}], got {steps}")
     if start is None and (mask is not None or strength != 1):
@@ -261,6 +320,10 @@ def sample(
         output = guided(model_input, model_t.float().expand(len(noise)))
         if sampler != "iddpm":
             output = output[:, : noise.shape[1]]
+        if preview is not None:
+            nearest = model_t.round().long().expand(len(noise))
+            eps = output[:, : noise.shape[1]]
+            preview(schedule.predict_x_start(model_input.float(), eps.float(), nearest))
         latents = scheduler.step(output, t, latents, **step_options).prev_sample
         if start is not None and mask is not None:
             kept = start.float()

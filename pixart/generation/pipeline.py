@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import math
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -13,10 +15,12 @@ from PIL import Image, ImageOps
 from torch import Tensor
 from torch.nn import functional as F
 
+from pixart.checkpoints import load_lora
 from pixart.conditioning import VAE, TextEncoder
 from pixart.conditioning.pretrained import fingerprint
 from pixart.data.aspect_ratios import nearest_size
-from pixart.diffusion import sample
+from pixart.diffusion import defaults, sample
+from pixart.generation import placement
 from pixart.generation.cache import Cached, CudaGraphs
 from pixart.model import CaptionEmbedder, PixArt
 
@@ -56,27 +60,50 @@ class PixArtPipeline:
     Args:
         model: any PixArt with captions; put into eval mode.
         vae: decodes its latents.
-        text_encoder: None where only encoded :class:`Prompts` are drawn.
-        guidance_scale: what suits the model, where a call does not say.
+        text_encoder: one, or what loads one: it is then loaded when it is needed, and freed before
+            anything is drawn. None where only encoded :class:`Prompts` are drawn.
+        guidance_scale, sampler: what suits the model, where a call does not say.
         cuda_graphs: replay the model's forward from a CUDA graph for each size, captured at its
             first use.
+        device: where model and vae are while they work; None: where the model is.
+        memory: "high" leaves model and vae on the device. With "low" each leaves it for the
+            host's memory when its work is done, and pictures beyond 1024 x 1024 pixels are encoded
+            and decoded in tiles, which with "high" are only those that would not fit otherwise.
 
-    Raises ValueError for ``cuda_graphs`` with a model that is not on a CUDA device.
+    Raises ValueError for ``cuda_graphs`` elsewhere than on a CUDA device, or with "low" memory.
     """
 
     def __init__(
         self,
         model: PixArt,
         vae: VAE,
-        text_encoder: TextEncoder | None,
+        text_encoder: TextEncoder | Callable[[], TextEncoder] | None,
         guidance_scale: float = GUIDANCE_SCALE,
         cuda_graphs: bool = False,
+        device: str | torch.device | None = None,
+        memory: str = "high",
+        sampler: str = "dpm-solver++",
     ) -> None:
-        self.model, self.vae, self.text_encoder = model.eval(), vae, text_encoder
-        self.guidance_scale = guidance_scale
-        device = next(model.parameters()).device
-        if cuda_graphs and device.type != "cuda":
-            raise ValueError(f"`cuda_graphs` is True for a model on {device}; accepted: on CUDA")
+        self.model, self.vae, self.memory = model.eval(), vae, memory
+        self._text_encoder: TextEncoder | None = None
+        self._load_text_encoder: Callable[[], TextEncoder] | None = None
+        if callable(text_encoder):
+            self._load_text_encoder = text_encoder
+        else:
+            self._text_encoder = text_encoder
+        self._encoder_identity: str | None = None
+        self._null: tuple[str, Tensor, Tensor] | None = None
+        self.guidance_scale, self.sampler = guidance_scale, sampler
+        self.device = next(model.parameters()).device if device is None else torch.device(device)
+        if cuda_graphs and self.device.type != "cuda":
+            raise ValueError(
+                f"`cuda_graphs` is True for a model on {self.device}; accepted: on CUDA"
+            )
+        if cuda_graphs and memory == "low":
+            raise ValueError(
+                '`cuda_graphs` is True with `memory` "low", where weights move between pictures; '
+                'accepted: with "high"'
+            )
         self.cuda_graphs = CudaGraphs(self.model) if cuda_graphs else None
 
     @classmethod
@@ -87,56 +114,125 @@ class PixArtPipeline:
         dtype: torch.dtype = torch.float32,
         device: str | torch.device = "cpu",
         cuda_graphs: bool = False,
+        memory: str = "auto",
+        text_8bit: bool = False,
+        loras: Sequence[tuple[str | Path, float]] = (),
     ) -> PixArtPipeline:
         """Reads a folder that ``pixart train`` exported, or a diffusers PixArt pipeline.
 
+        Args:
+            memory: "high": all parts stay on the device. "low": they take turns; the text encoder
+                is loaded to encode prompts, with its weights streamed to a GPU layer by layer, and
+                freed. "auto": high where everything fits, which is logged.
+            text_8bit: the text encoder in 8 bits, by the package bitsandbytes: other features, and
+                so slightly other pictures, for half its memory in bfloat16. It is not streamed.
+            loras: files or folders and their scales, see ``pixart.checkpoints.load_lora``.
+
         Raises:
             FileNotFoundError: the folder holds neither, or a part of it is missing.
+            ModuleNotFoundError: ``text_8bit`` without bitsandbytes.
+            ValueError: ``memory`` is none of these, or see the class.
         """
-        folder = Path(folder)
+        if memory not in placement.MODES:
+            raise ValueError(f"`memory` is {memory!r}; accepted: {', '.join(placement.MODES)}")
+        folder, device = Path(folder), torch.device(device)
         if (folder / PIPELINE).is_file():
             parts = json.loads((folder / PIPELINE).read_text())
         elif (folder / "model_index.json").is_file():
             parts = {"vae": "vae", "text_encoder": "."}
+            scheduler = json.loads((folder / "model_index.json").read_text()).get("scheduler")
+            if scheduler and scheduler[1] == "LCMScheduler":
+                parts["sampler"] = "lcm"
         else:
             raise FileNotFoundError(
                 f"{folder} is no pipeline: expected {PIPELINE} (as `pixart train` writes) or "
                 "model_index.json (as diffusers does)"
             )
-        model = PixArt.from_pretrained(folder / "transformer").to(device, dtype)
+        model = PixArt.from_pretrained(folder / "transformer")
+        for path, scale in loras:
+            load_lora(model, path, scale)
+        model = model.to(dtype)
         # a name that is no folder beside it is a path of its own, a hub name, or "minilm"
         vae, encoder = (
             str(folder / name) if (folder / name).exists() else name
             for name in (parts["vae"], parts["text_encoder"])
         )
-        return cls(
-            model,
-            VAE.from_pretrained(vae, dtype=dtype, device=device),
-            TextEncoder.from_pretrained(
+        encoder_dtype = None if encoder == "minilm" else dtype
+        decoder = VAE.from_pretrained(vae, dtype=dtype)
+        if memory == "auto":
+            text = TextEncoder.weight_bytes(encoder, dtype=encoder_dtype, in_8bit=text_8bit)
+            memory = placement.choose(model, decoder, text, device)
+
+        def load_text_encoder() -> TextEncoder:
+            streamed = memory == "low" and device.type == "cuda" and not text_8bit
+            loaded = TextEncoder.from_pretrained(
                 encoder,
                 max_tokens=model.config.max_caption_tokens,
-                dtype=None if encoder == "minilm" else dtype,
-                device=device,
-            ),
+                dtype=encoder_dtype,
+                device="cpu" if streamed else device,
+                in_8bit=text_8bit,
+            )
+            return loaded.offload(device) if streamed else loaded
+
+        low = memory == "low"
+        return cls(
+            model if low else model.to(device),
+            decoder if low else decoder.to(device),
+            load_text_encoder if low else load_text_encoder(),
             guidance_scale=parts.get("guidance_scale", GUIDANCE_SCALE),
             cuda_graphs=cuda_graphs,
+            device=device,
+            memory=memory,
+            sampler=parts.get("sampler", "dpm-solver++"),
         )
+
+    @property
+    def text_encoder(self) -> TextEncoder | None:
+        """Loaded now, where it was not."""
+        if self._text_encoder is None and self._load_text_encoder is not None:
+            self._text_encoder = self._load_text_encoder()
+        return self._text_encoder
+
+    def _free_text_encoder(self) -> None:
+        if self._load_text_encoder is not None and self._text_encoder is not None:
+            self._text_encoder = None
+            # modules and accelerate's hooks refer to each other
+            gc.collect()
+            if self.device.type == "cuda":
+                torch.cuda.empty_cache()
+
+    @contextmanager
+    def _on_device(self, part: PixArt | VAE) -> Iterator[None]:
+        """With low memory a part is on the device no longer than it works."""
+        if self.memory == "high":
+            yield
+            return
+        part.to(self.device)
+        try:
+            yield
+        finally:
+            part.to("cpu")
 
     @property
     def identity(self) -> str:
         """Names the weights of all parts, in their dtypes, wherever they are stored."""
-        encoder = None if self.text_encoder is None else self.text_encoder.identity
-        return fingerprint(self.model, self.vae.identity, encoder)
+        if self._encoder_identity is None and self.text_encoder is not None:
+            self._encoder_identity = self.text_encoder.identity
+        return fingerprint(self.model, self.vae.identity, self._encoder_identity)
 
     def encode(self, prompts: Sequence[str], negative_prompt: str = "") -> Prompts:
         """Prompts' features, and those of what guidance steers away from."""
-        if self.text_encoder is None:
+        encoder = self.text_encoder
+        if encoder is None:
             raise ValueError("this pipeline has no text encoder: draw encoded Prompts")
-        caption, mask = self.text_encoder.encode(prompts)
-        if negative_prompt:
-            (null_caption,), (null_mask,) = self.text_encoder.encode([negative_prompt])
-        else:
-            null_caption, null_mask = self.text_encoder.encode_null()
+        caption, mask = encoder.encode(prompts)
+        if self._null is None or self._null[0] != negative_prompt:
+            if negative_prompt:
+                (null_caption,), (null_mask,) = encoder.encode([negative_prompt])
+            else:
+                null_caption, null_mask = encoder.encode_null()
+            self._null = negative_prompt, null_caption, null_mask
+        _, null_caption, null_mask = self._null
         return Prompts(list(prompts), caption, mask, negative_prompt, null_caption, null_mask)
 
     @torch.no_grad()
@@ -147,8 +243,8 @@ class PixArtPipeline:
         height: int | None = None,
         width: int | None = None,
         seed: int | Sequence[int] = 0,
-        steps: int = 20,
-        sampler: str = "dpm-solver++",
+        steps: int | None = None,
+        sampler: str | None = None,
         guidance_scale: float | None = None,
         guidance_mask: str = "official",
         image: Image.Image | None = None,
@@ -156,6 +252,7 @@ class PixArtPipeline:
         strength: float | None = None,
         batch_size: int = 8,
         callback: Callable[[int, int], None] | None = None,
+        preview: Callable[[Tensor], None] | None = None,
     ) -> list[Image.Image]:
         """Draws one picture for each prompt.
 
@@ -165,8 +262,8 @@ class PixArtPipeline:
                 trained at. :meth:`size` finds those of an aspect ratio.
             seed: picture ``i`` starts from the noise of ``seed + i``, or of ``seed[i]``, whatever
                 the batch size.
-            steps, sampler: see ``pixart.diffusion.sample``.
-            guidance_scale: 1 is no guidance; None: the pipeline's.
+            steps, sampler: see ``pixart.diffusion.sample``; None: what suits the model.
+            guidance_scale: 1 is no guidance; None: the pipeline's, or 1 for a distilled model.
             guidance_mask: "official" steers away from the null caption that the model was trained
                 with, attended at the prompt's length; "diffusers" from the text encoder's "", at
                 its own. A negative prompt, which the official code does not have, is always
@@ -178,6 +275,8 @@ class PixArtPipeline:
                 changes; in (0, 1]. None: :func:`default_strength`.
             batch_size: pictures drawn together.
             callback: called as ``callback(done, total)`` with model calls, for progress.
+            preview: called after each with what the batch's latents are becoming, (B, C, h, w)
+                for ``vae.decode``.
 
         Raises:
             ValueError: naming the argument, what was got and what is accepted.
@@ -195,33 +294,47 @@ class PixArtPipeline:
         if image is not None:
             width, height = (width or image.width, height or image.height)
         height, width = self.size(height, width)
+        sampler = sampler or self.sampler
+        if guidance_scale is None:
+            guidance_scale = defaults(sampler, self.guidance_scale)[1]
+        if not isinstance(prompts, Prompts):
+            prompts = self.encode(prompts)
+        self._free_text_encoder()
+        # else what took long to draw might fail at its last step
+        tiled = self.memory == "low" or not placement.fits(
+            self.vae.decoding_bytes(height, width), self.device
+        )
         start = drawn_where = None
         if image is not None:
             image = ImageOps.fit(image.convert("RGB"), (width, height))
-            start = self.vae.encode(to_pixels(image)[None])
+            with self._on_device(self.vae):
+                start = self.vae.encode(to_pixels(image)[None], tiled=tiled)
         if mask is not None:
             mask = ImageOps.fit(mask.convert("L"), (width, height))
             white = to_pixels(mask)[None, :1]
             drawn_where = F.max_pool2d(white, self.vae.factor) > -1
         if strength is None:
             strength = 1.0 if image is None else default_strength(mask)
-        if not isinstance(prompts, Prompts):
-            prompts = self.encode(prompts)
-        latents_of = self.draw_latents(
+        batches = self.draw_latents(
             prompts,
             (height // self.vae.factor, width // self.vae.factor),
             seeds=seeds,
             steps=steps,
             sampler=sampler,
-            guidance_scale=self.guidance_scale if guidance_scale is None else guidance_scale,
+            guidance_scale=guidance_scale,
             guidance_mask=guidance_mask,
             start=start,
             mask=drawn_where,
             strength=strength,
             batch_size=batch_size,
             callback=callback,
+            preview=preview,
         )
-        drawn = [to_image(pixels) for z in latents_of for pixels in self.vae.decode(z)]
+        # all of them, small as they are, so that each part has one turn
+        with self._on_device(self.model):
+            latents = list(batches)
+        with self._on_device(self.vae):
+            drawn = [to_image(x) for z in latents for x in self.vae.decode(z, tiled=tiled)]
         if image is None or mask is None:
             return drawn
         return [Image.composite(picture, image, mask) for picture in drawn]
@@ -254,7 +367,7 @@ class PixArtPipeline:
         size: tuple[int, int],
         *,
         seeds: Sequence[int],
-        steps: int,
+        steps: int | None,
         sampler: str,
         guidance_scale: float,
         guidance_mask: str,
@@ -263,6 +376,7 @@ class PixArtPipeline:
         mask: Tensor | None = None,
         strength: float = 1.0,
         callback: Callable[[int, int], None] | None = None,
+        preview: Callable[[Tensor], None] | None = None,
     ) -> Iterator[Tensor]:
         """Batches of normalised latents (B, C, h, w), in the order of the prompts.
 
@@ -310,6 +424,7 @@ class PixArtPipeline:
                 mask=None if mask is None else mask.to(device),
                 strength=strength,
                 callback=progress,
+                preview=preview,
                 prepare=cached.prepare,
                 image_size=image_size,
                 aspect_ratio=aspect_ratio,

@@ -100,13 +100,13 @@ def test_stages_cover_the_house_and_write_beside_each_other(tmp_path) -> None:
     assert list(found) == [
         *("kernels", "doctor", "attention-rivals", "tests", "attention-tests"),
         *("memcheck", "racecheck", "adaln", "mlp", "attention", "cross_attention"),
-        *("kv_compression", "block", "model"),
+        *("kv_compression", "block", "model", "generation"),
     ]
     assert "--continue-on-collection-errors" in found["tests"]
     timed = [name for name, command in found.items() if "benchmarks" in command]
     timed = [name for name in timed if name != "kernels" and "--device" in found[name]]
     assert all(str(tmp_path) in found[name] for name in timed)
-    assert {"run", "block", "model"} <= set(COMMANDS)
+    assert {"run", "block", "model", "generation"} <= set(COMMANDS)
     resumed = {stage.name for stage in stages(tmp_path, True) if "--resume" in stage.command}
     assert resumed == set(timed) - {"block"}
     assert not any("--resume" in command for command in found.values())

@@ -15,7 +15,17 @@ from safetensors.torch import load_file
 
 from pixart import PixArt, PixArtConfig
 
-COMMANDS = ["quickstart", "train", "train-vae", "generate", "convert", "doctor", "data"]
+COMMANDS = [
+    "quickstart",
+    "train",
+    "train-vae",
+    "generate",
+    "convert",
+    "grow",
+    "serve",
+    "doctor",
+    "data",
+]
 TINY = PixArtConfig(
     input_size=8, hidden_size=72, depth=2, num_heads=1, caption_channels=6, max_caption_tokens=5
 )
@@ -68,26 +78,19 @@ def test_converts_without_loss(tmp_path: Path) -> None:
     assert "exists already" in said
 
 
-def test_starts_from_a_dit_and_says_how(tmp_path: Path) -> None:
-    from pixart import checkpoints, presets
-
-    small = {"input_size": 4, "hidden_size": 12, "depth": 1, "num_heads": 1}
-    dit = PixArt(dataclasses.replace(presets["dit-256"], **small, num_classes=3))
-    checkpoints.save_official(dit, tmp_path / "dit.pth")
-    # the command starts published sizes alone, which this one is not
-    said = pixart(
-        "convert",
-        tmp_path / "dit.pth",
-        tmp_path / "out",
-        "--from-dit",
-        "--preset",
-        "alpha-256",
-        code=1,
-    )
-    assert "x_embedder.proj.weight" in said
-    assert "needs --preset" in pixart(
-        "convert", tmp_path / "dit.pth", tmp_path / "o", "--from-dit", code=1
-    )
+def test_grows_and_says_how(tmp_path: Path) -> None:
+    dit = dataclasses.replace(TINY, conditioning="class", num_classes=3)
+    PixArt(dit).save_pretrained(tmp_path / "dit")
+    for name, config in (("text", TINY), ("fine", dataclasses.replace(TINY, input_size=16))):
+        (tmp_path / f"{name}.json").write_text(json.dumps(config.to_dict()))
+    said = pixart("grow", tmp_path / "dit", tmp_path / "text", "--config", tmp_path / "text.json")
+    assert "re-parameterised" in said and "t_block.1" in said
+    said = pixart("grow", tmp_path / "text", tmp_path / "fine", "--config", tmp_path / "fine.json")
+    assert "copied" in said and "extrapolated" in said and "4 x 4 -> 8 x 8" in said
+    assert PixArt.from_pretrained(tmp_path / "fine").config.input_size == 16
+    said = pixart("grow", tmp_path / "text", tmp_path / "x", "--preset", "alpha-256", code=1)
+    assert "hidden_size 72 -> 1152" in said and not (tmp_path / "x").exists()
+    assert "--preset or --config" in pixart("grow", tmp_path / "text", tmp_path / "x", code=1)
 
 
 def test_doctor_lists_every_op() -> None:

@@ -214,6 +214,54 @@ def test_float16_t5_keeps_wo_in_float32(t5_folder):
     assert features.dtype == encoder.dtype == torch.float16
 
 
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("in_8bit", [False, True], ids=["", "8bit"])
+def test_counts_weights_without_loading_them(t5_folder, dtype, in_8bit):
+    if in_8bit:
+        pytest.importorskip("bitsandbytes")
+    for path in (t5_folder, "minilm"):
+        loaded = TextEncoder.from_pretrained(path, max_tokens=24, dtype=dtype, in_8bit=in_8bit)
+        held = sum(p.nbytes for p in loaded.model.parameters())
+        assert TextEncoder.weight_bytes(path, dtype=dtype, in_8bit=in_8bit) == held
+    with pytest.raises(FileNotFoundError):
+        TextEncoder.weight_bytes(t5_folder / "gone")
+
+
+def test_offloaded_weights_give_the_same_bits(t5_folder, t5):
+    encoder = TextEncoder.from_pretrained(t5_folder, max_tokens=24).offload("cpu")
+    # nothing stays on the device, so that nothing there is as large as the model
+    assert {p.device.type for p in encoder.model.parameters()} == {"meta"}
+    assert encoder.device.type == "cpu"
+    assert encoder.identity == t5.identity
+    for _ in range(2):
+        for ours, theirs in zip(encoder.encode(SENTENCES), t5.encode(SENTENCES), strict=True):
+            assert torch.equal(ours, theirs)
+        assert torch.equal(encoder.encode_null()[0], t5.encode_null()[0])
+    assert {p.device.type for p in encoder.model.parameters()} == {"meta"}
+
+
+def test_8_bits_are_close(t5_folder, t5, caplog):
+    pytest.importorskip("bitsandbytes")
+    encoder = TextEncoder.from_pretrained(t5_folder, max_tokens=24, in_8bit=True)
+    features, mask = encoder.encode(SENTENCES)
+    expected, expected_mask = t5.encode(SENTENCES)
+    assert torch.equal(mask, expected_mask)
+    apart = (features - expected).abs().max() / expected.abs().max()
+    assert 0 < apart < 0.1
+    assert not caplog.records
+    linear = encoder.model.encoder.block[0].layer[0].SelfAttention.q
+    assert linear.weight.dtype == torch.int8
+    assert encoder.identity != t5.identity
+    same = TextEncoder.from_pretrained(t5_folder, max_tokens=24, in_8bit=True)
+    assert same.identity == encoder.identity
+
+
+def test_8_bits_name_the_package_they_need(t5_folder, monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ModuleNotFoundError, match="pip install bitsandbytes"):
+        TextEncoder.from_pretrained(t5_folder, max_tokens=24, in_8bit=True)
+
+
 def test_identity_tells_weights_and_dtypes_apart(t5_folder, t5, tmp_path):
     assert TextEncoder.from_pretrained(t5_folder, max_tokens=9).identity == t5.identity
     half = TextEncoder.from_pretrained(t5_folder, max_tokens=9, dtype=torch.bfloat16)

@@ -9,7 +9,7 @@ import torch
 from diffusers import AutoencoderKL
 from safetensors.torch import load_file, save_file
 
-from pixart.conditioning import VAE
+from pixart.conditioning import VAE, tiling, vae
 
 
 def tiny_autoencoder(**config):
@@ -88,6 +88,44 @@ def test_sample_is_mean_plus_std_times_noise():
     torch.testing.assert_close(sample, mean + std * noise)
     assert torch.equal(sample, vae.encode(images(), torch.Generator().manual_seed(7)))
     assert not torch.equal(sample, vae.encode(images(), torch.Generator().manual_seed(8)))
+
+
+def test_large_images_are_tiled_one_by_one(monkeypatch):
+    decoder = VAE(tiny_autoencoder(shift_factor=0.3))
+    latents = torch.randn(3, 4, 5, 6, generator=torch.Generator().manual_seed(1))
+    pixels = images(3, 20, 24)
+    expected, moments = decoder.decode(latents), decoder.moments(pixels)
+    seen = []
+    for name in ("decode", "encode"):
+        whole = getattr(tiling, name)
+        monkeypatch.setattr(tiling, name, lambda *a, f=whole: seen.append(a[1].shape) or f(*a))
+    # as large as may be decoded at once: nothing to gain
+    monkeypatch.setattr(vae, "PIXELS_AT_ONCE", 20 * 24)
+    assert torch.equal(decoder.decode(latents, tiled=True), decoder.decode(latents))
+    assert torch.equal(decoder.moments(pixels, tiled=True)[0], moments[0])
+    assert not seen
+    monkeypatch.setattr(vae, "PIXELS_AT_ONCE", 20 * 24 - 1)
+    monkeypatch.setattr(tiling, "TILE", 8)
+    decoder.decode(latents), decoder.encode(pixels)
+    assert not seen
+    torch.testing.assert_close(decoder.decode(latents, tiled=True), expected)
+    for ours, whole in zip(decoder.moments(pixels, tiled=True), moments, strict=True):
+        torch.testing.assert_close(ours, whole)
+    assert torch.equal(decoder.encode(pixels, tiled=True), decoder.moments(pixels, tiled=True)[0])
+    assert seen == [(1, 4, 5, 6)] * 3 + [(1, 3, 20, 24)] * 9
+
+
+def test_decodes_as_many_at_once_as_memory_is_meant_for(monkeypatch):
+    decoder = VAE(tiny_autoencoder())
+    latents = torch.randn(5, 4, 4, 4, generator=torch.Generator().manual_seed(1))
+    expected, sizes = decoder.decode(latents), []
+    whole = decoder.model.decode
+    monkeypatch.setattr(decoder.model, "decode", lambda z: sizes.append(len(z)) or whole(z))
+    monkeypatch.setattr(vae, "PIXELS_AT_ONCE", 2 * 16 * 16 + 9)
+    torch.testing.assert_close(decoder.decode(latents), expected)
+    monkeypatch.setattr(vae, "PIXELS_AT_ONCE", 7)
+    torch.testing.assert_close(decoder.decode(latents[:2]), expected[:2])
+    assert sizes == [2, 2, 1, 1, 1]
 
 
 def test_frozen():

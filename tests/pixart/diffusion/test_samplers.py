@@ -5,11 +5,13 @@ import pytest
 import torch
 
 from pixart.diffusion import SAMPLERS, NoiseSchedule, sample
-from pixart.diffusion.samplers import STARTS_FROM_NOISE_ALONE
+from pixart.diffusion.samplers import DISTILLED, STARTS_FROM_NOISE_ALONE
 
 MEAN, STD = 0.7, 0.5
 CAPTION = torch.zeros(2, 1, 3)
-STOCHASTIC = {"sde-dpm-solver++", "sa-solver", "euler-ancestral", "ddpm", "iddpm"}
+STOCHASTIC = {"sde-dpm-solver++", "sa-solver", "euler-ancestral", "ddpm", "iddpm", "lcm"}
+# for models as they were trained
+SOLVERS = [name for name in SAMPLERS if name not in DISTILLED]
 SCHEDULES = {
     "pixart": NoiseSchedule(),
     # of another length, and noisier at the same t / T
@@ -74,7 +76,7 @@ ACCURACY = [
 
 
 def test_every_sampler_is_tested():
-    assert {name for name, *_ in ACCURACY} == set(SAMPLERS)
+    assert {name for name, *_ in ACCURACY} == set(SOLVERS)
 
 
 @pytest.mark.parametrize("which", SCHEDULES)
@@ -98,7 +100,7 @@ def test_a_wrong_schedule_would_show(name, steps, tolerance):
     assert mean_off or abs(got.std().item() / STD - 1) > 2 * tolerance
 
 
-@pytest.mark.parametrize("name", SAMPLERS)
+@pytest.mark.parametrize("name", SOLVERS)
 @pytest.mark.parametrize("steps", [1, 2, 61, 334])
 def test_any_number_of_steps(name, steps):
     """Counts that do not divide T, and the smallest: diffusers' DDIM at 334 has a mean of 0.53."""
@@ -183,7 +185,7 @@ def test_iddpm_needs_a_learned_variance():
     with pytest.raises(ValueError, match=r'"iddpm" needs .* \(8 output channels\), got 4'):
         run("iddpm", 3, model=model, x=noise(1, 2))
     for name in set(SAMPLERS) - {"iddpm"}:
-        assert run(name, 3, model=model, x=noise(1, 2)).shape == (1, 4, 2, 2)
+        assert run(name, None, model=model, x=noise(1, 2)).shape == (1, 4, 2, 2)
 
 
 @pytest.mark.parametrize("name", SAMPLERS)
@@ -192,7 +194,7 @@ def test_a_sample_does_not_depend_on_its_batch(name):
 
     def draw(rows):
         generators = [torch.Generator().manual_seed(100 + i) for i in rows]
-        return run(name, 6, x=x[rows], generators=generators)
+        return run(name, 1 if name == "dmd" else 6, x=x[rows], generators=generators)
 
     together = draw([0, 1, 2])
     for i in range(3):
@@ -205,10 +207,69 @@ def test_generators_alone_decide_the_noise(name):
     def draw(seed):
         torch.manual_seed(seed)
         x = noise(1, 4)
-        return run(name, 6, x=x, generators=[torch.Generator().manual_seed(seed)])
+        steps = 1 if name == "dmd" else 6
+        return run(name, steps, x=x, generators=[torch.Generator().manual_seed(seed)])
 
     assert torch.equal(draw(3), draw(3))
     assert torch.equal(draw(3), draw(4)) == (name not in STOCHASTIC)
+
+
+@pytest.mark.parametrize("steps", [1, 3, 4, 8, 50])
+def test_lcm_predicts_clean_latents_and_noises_them_again(steps):
+    """Latent consistency models, algorithm 3, written out."""
+    schedule, x = NoiseSchedule(), noise(2, 4)
+    model = GaussianModel(schedule)
+    seeds = [torch.Generator().manual_seed(i) for i in (5, 6)]
+    got = run("lcm", steps, model=model, x=x, generators=seeds)
+    # spread over the 50 timesteps 19, 39, ... 999 of the distillation
+    distilled = range(999, 0, -20)
+    timesteps = [distilled[50 * i // steps] for i in range(steps)]
+    assert model.timesteps == timesteps
+
+    seeds = [torch.Generator().manual_seed(i) for i in (5, 6)]
+    for i, t in enumerate(timesteps):
+        at = torch.tensor([t, t])
+        x_start = schedule.predict_x_start(x, model(x, at.float(), None)[:, :4], at)
+        # the boundary: at t = 0 it would be x itself
+        c_skip, c_out = 0.25 / ((10 * t) ** 2 + 0.25), 10 * t / math.sqrt((10 * t) ** 2 + 0.25)
+        x = c_skip * x + c_out * x_start
+        if i + 1 < steps:
+            z = torch.cat([torch.randn(1, 4, 4, 4, generator=g) for g in seeds])
+            x = schedule.add_noise(x, z, torch.tensor([timesteps[i + 1]] * 2))
+    torch.testing.assert_close(got, x, rtol=1e-4, atol=1e-4)
+
+
+def test_dmd_is_one_call_that_takes_noise_for_timestep_400():
+    schedule, x = NoiseSchedule(), noise(2, 4)
+    model = GaussianModel(schedule)
+    got = run("dmd", 1, model=model, x=x)
+    assert model.timesteps == [400]
+    at = torch.tensor([400, 400])
+    expected = schedule.predict_x_start(x, model(x, at.float(), None)[:, :4], at)
+    torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(("name", "steps"), [("lcm", 4), ("dmd", 1)])
+def test_a_student_draws_as_it_was_taught_unless_told_otherwise(name, steps):
+    """In its number of steps and without guidance; an exact student, exactly."""
+    schedule, batches = NoiseSchedule(), []
+
+    def model(latents, timestep, caption, caption_mask=None, **_):
+        batches.append(len(latents))
+        abar = schedule.alphas_cumprod[timestep.long()].float().view(-1, 1, 1, 1)
+        target = caption.mean((1, 2)).view(-1, 1, 1, 1)
+        return (latents - abar.sqrt() * target) / (1 - abar).sqrt()
+
+    caption = torch.tensor([2.0, 3.0]).view(2, 1, 1)
+    got = sample(model, noise(2, 2), caption, sampler=name)
+    assert batches == [2] * steps
+    torch.testing.assert_close(got, caption[..., None].expand_as(got), rtol=1e-4, atol=1e-3)
+    batches.clear()
+    guided = {"null_caption": torch.ones(1, 1), "guidance_scale": 1.5}
+    got = sample(model, noise(2, 2), caption, sampler=name, steps=1, **guided)
+    assert batches == [4]
+    expected = 1 + 1.5 * (caption[..., None] - 1)
+    torch.testing.assert_close(got, expected.expand_as(got), rtol=1e-3, atol=1e-2)
 
 
 def test_guidance_reaches_the_sampler():
@@ -247,6 +308,26 @@ def test_callback_sees_every_step():
     assert torch.equal(seen[-1][2], got)
 
 
+@pytest.mark.parametrize("name", sorted(SAMPLERS))
+def test_previews_are_the_clean_latents_that_the_model_sees(name):
+    schedule, target, seen = NoiseSchedule(), noise(1, 2, seed=7), []
+    sigmas = (1 / schedule.alphas_cumprod - 1).sqrt().numpy()
+
+    def model(latents, timestep, caption, **_):
+        sigma = np.interp(timestep.numpy(), np.arange(len(sigmas)), sigmas).item()
+        eps = (latents * math.sqrt(1 + sigma**2) - target) / sigma
+        return torch.cat([eps, torch.zeros_like(eps)], 1)
+
+    steps = 1 if name == "dmd" else 4
+    calls = []
+    run(name, steps, model=model, x=noise(1, 2), preview=seen.append,
+        callback=lambda index, *_: calls.append((index, len(seen))))  # fmt: skip
+    # one before each call's callback
+    assert calls == [(index, index + 1) for index in range(len(seen))]
+    # samplers whose timesteps are not whole numbers are answered for the nearest one
+    assert all((preview - target).abs().max() < 0.02 for preview in seen)
+
+
 def test_no_gradient_and_dtype_follows_noise():
     dtypes = set()
     weight = torch.ones((), requires_grad=True)
@@ -269,6 +350,8 @@ def test_no_gradient_and_dtype_follows_noise():
         ({"noise": torch.zeros(2, 4, 2)}, r"noise must .* got torch.float32 of shape \(2, 4, 2\)"),
         ({"noise": torch.zeros(3, 4, 2, 2)}, r"latents .* got \(3, 4, 2, 2\)"),
         ({"generators": [torch.Generator()]}, "generators must be 2, .* got 1"),
+        ({"sampler": "lcm", "steps": 51}, '"lcm" takes at most 50 steps, got 51'),
+        ({"sampler": "dmd", "steps": 2}, '"dmd" takes 1 step, got 2'),
         ({"schedule": NoiseSchedule().respaced([0, 9])}, "schedule must be the one trained with"),
         ({"start": noise(1, 2)}, r"start must have the shape of noise, .* got \(1, 4, 2, 2\)"),
         ({"start": noise(2, 2), "strength": 0}, r"strength must be in \(0, 1\], got 0"),
@@ -307,17 +390,21 @@ def test_starts_from_latents_at_their_noise_level(name, steps, tolerance):
     assert near > 0.8 and far < 0.2
 
 
-@pytest.mark.parametrize("name", [name for name, *_ in FROM_THE_MIDDLE])
+NOT_FROM_NOISE_ALONE = [name for name in SAMPLERS if name not in STARTS_FROM_NOISE_ALONE]
+
+
+@pytest.mark.parametrize("name", NOT_FROM_NOISE_ALONE)
 def test_the_last_step_draws_no_noise_even_if_it_is_the_only_one(name):
     def last_step(seed):
         torch.manual_seed(seed)
-        return run(name, 10, x=noise(1, 4), start=noise(1, 4, seed=5), strength=0.1)
+        steps = 1 if name == "dmd" else 10
+        return run(name, steps, x=noise(1, 4), start=noise(1, 4, seed=5), strength=0.1)
 
     assert torch.equal(last_step(0), last_step(1))
 
 
 @pytest.mark.parametrize("strength", [0.5, 1.0])
-@pytest.mark.parametrize("name", [name for name, *_ in FROM_THE_MIDDLE])
+@pytest.mark.parametrize("name", NOT_FROM_NOISE_ALONE)
 def test_what_a_mask_keeps_is_at_every_level_its_own(name, strength):
     schedule, x = NoiseSchedule(), noise(2, 8)
     start = MEAN + STD * noise(2, 8, seed=5)
@@ -331,7 +418,8 @@ def test_what_a_mask_keeps_is_at_every_level_its_own(name, strength):
         torch.testing.assert_close(latents[kept], expected[kept], rtol=1e-3, atol=1e-3)
         return exact(latents, timestep, caption, **micro)
 
-    got = run(name, 10, schedule, model, x, start=start, strength=strength, mask=mask)
+    steps = 1 if name == "dmd" else 10
+    got = run(name, steps, schedule, model, x, start=start, strength=strength, mask=mask)
     assert torch.equal(got[~mask.expand_as(got)], start[~mask.expand_as(got)])
     assert (got - start)[mask.expand_as(got)].abs().min() > 0
 

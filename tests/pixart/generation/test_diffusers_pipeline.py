@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import json
 from pathlib import Path
 
 import numpy as np
@@ -10,13 +12,22 @@ import sentencepiece
 import torch
 from diffusers import (
     AutoencoderKL,
+    DDPMScheduler,
     DPMSolverMultistepScheduler,
+    LCMScheduler,
+    PixArtAlphaPipeline,
     PixArtSigmaPipeline,
     PixArtTransformer2DModel,
 )
+from peft import LoraConfig, get_peft_model
+from PIL import Image
 from transformers import AutoTokenizer, T5Config, T5EncoderModel
+from typer.testing import CliRunner
 
+from pixart.cli import app
+from pixart.diffusion import sample
 from pixart.generation import PixArtPipeline
+from pixart.generation.pipeline import to_image
 
 SENTENCES = ["a red gem", "the blue robot walks over a green hill", "one yellow star at night"]
 PROMPTS = ["a red gem", "one blue robot at night"]
@@ -77,3 +88,89 @@ def test_both_draw_the_same_picture(stock, negative_prompt: str) -> None:
         # the stock schedule sums its betas in fp32
         assert difference.max() <= 2
         assert np.asarray(a).std() > 5
+
+
+LINEAR = {"beta_start": 1e-4, "beta_end": 0.02, "beta_schedule": "linear"}
+STUDENTS = {
+    "lcm": (LCMScheduler(**LINEAR, original_inference_steps=50), {"num_inference_steps": 4}),
+    "lcm in 2 steps": (LCMScheduler(**LINEAR), {"num_inference_steps": 2}),
+    "dmd": (DDPMScheduler(**LINEAR, clip_sample=False),
+            {"num_inference_steps": 1, "timesteps": [400]}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("lora", [False, True], ids=["model", "lora"])
+@pytest.mark.parametrize("student", STUDENTS)
+def test_distilled_models_step_alike(student: str, lora: bool, stock, tmp_path: Path) -> None:
+    """A seed gives the noise of both, and each step of a stock PixArt-alpha the same latents."""
+    pipeline, folder = stock
+    transformer, loras = copy.deepcopy(pipeline.transformer), []
+    if lora:
+        config = LoraConfig(r=3, lora_alpha=5, target_modules=["to_q", "to_v", "linear_1", "proj"])
+        transformer = get_peft_model(transformer, config)
+        for parameter in transformer.parameters():
+            if parameter.requires_grad:
+                torch.nn.init.normal_(parameter, std=0.2)
+        transformer.save_pretrained(tmp_path)
+        loras = [(tmp_path, 1.0)]
+    scheduler, options = STUDENTS[student]
+    parts = {**pipeline.components, "transformer": transformer, "scheduler": scheduler}
+    theirs, ours = [], []
+    alpha = PixArtAlphaPipeline(**parts)
+    alpha.set_progress_bar_config(disable=True)
+    alpha(
+        PROMPTS, **options, guidance_scale=1, height=24, width=40, output_type="latent",
+        generator=[torch.Generator().manual_seed(seed) for seed in (5, 6)],
+        use_resolution_binning=False, clean_caption=False,
+        callback=lambda i, t, latents: theirs.append(latents),
+    )  # fmt: skip
+    with pytest.warns(UserWarning, match="null caption"):
+        pixart = PixArtPipeline.from_pretrained(folder, loras=loras)
+    prompts = pixart.encode(PROMPTS)
+    generators = [torch.Generator().manual_seed(seed) for seed in (5, 6)]
+    noise = torch.cat([torch.randn(1, 4, 12, 20, generator=g) for g in generators])
+    name, *fewer = student.split(" in ")
+    steps = int(fewer[0][0]) if fewer else None
+    sample(
+        pixart.model, noise, prompts.caption, prompts.mask, sampler=name, steps=steps,
+        generators=generators, callback=lambda i, n, latents: ours.append(latents),
+    )  # fmt: skip
+    assert len(ours) == len(theirs) == options["num_inference_steps"]
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+    # what a user calls draws just that
+    pictures = pixart(prompts, height=24, width=40, seed=5, steps=steps, sampler=name, batch_size=1)
+    for picture, z in zip(pictures, ours[-1], strict=True):
+        pixels = to_image(pixart.vae.decode(z[None])[0])
+        difference = np.abs(np.asarray(picture, dtype=int) - np.asarray(pixels, dtype=int))
+        assert difference.max() <= 1 and np.asarray(picture).std() > 5
+
+
+def test_a_picture_tells_what_it_was_drawn_with(stock, tmp_path: Path) -> None:
+    pipeline, folder = stock
+    lora = get_peft_model(copy.deepcopy(pipeline.transformer), LoraConfig(target_modules=["to_q"]))
+    for parameter in lora.parameters():
+        if parameter.requires_grad:
+            torch.nn.init.ones_(parameter)
+    lora.save_pretrained(tmp_path / "lora")
+    command = ["generate", str(folder), "a red gem", "--sampler", "lcm", "--output", str(tmp_path)]
+    file = str(tmp_path / "lora" / "adapter_model.safetensors")
+    for options in ([], ["--lora", f"{file}:0.5", "--lora", file], ["--steps", "2"]):
+        with pytest.warns(UserWarning, match="null caption"):
+            CliRunner().invoke(app, [*command, *options], catch_exceptions=False)
+    recipes = [json.loads(Image.open(path).text["pixart"]) for path in tmp_path.glob("*.png")]
+    assert len({recipe["weights"] for recipe in recipes}) == 2
+    assert {recipe["guidance_scale"] for recipe in recipes} == {1.0}
+    assert sorted((recipe["steps"], recipe.get("loras", [])) for recipe in recipes) == [
+        (2, []), (4, []), (4, [f"{file}:0.5", f"{file}:1"])
+    ]  # fmt: skip
+
+
+def test_a_distilled_pipeline_says_so(stock, tmp_path: Path) -> None:
+    parts = {**stock[0].components, "scheduler": STUDENTS["lcm"][0]}
+    PixArtAlphaPipeline(**parts).save_pretrained(tmp_path)
+    totals = []
+    with pytest.warns(UserWarning, match="null caption"):
+        pixart = PixArtPipeline.from_pretrained(tmp_path)
+    pixart(["a red gem"], callback=lambda done, total: totals.append(total))
+    assert pixart.sampler == "lcm" and totals == [4] * 4

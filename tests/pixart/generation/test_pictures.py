@@ -197,23 +197,72 @@ def test_a_source_is_part_of_the_recipe(
 ) -> None:
     mask = Image.new("L", photo.size)
     mask.paste(255, (0, 0, 8, 12))
-    (picture,) = resolve([Request(prompt="a cat", height=12, width=20)], pipeline, steps=2)
     flipped = photo.transpose(Image.Transpose.FLIP_TOP_BOTTOM)
-    sources = [None, Source(photo), Source(photo, strength=0.5), Source(flipped),
-               Source(photo, mask), Source(photo, flipped.convert("L"))]  # fmt: skip
-    paths = [draw(pipeline, [picture], tmp_path, source=source)[0] for source in sources]
+    a, b, white = (tmp_path / name for name in ("a.png", "b.png", "mask.png"))
+    for path, image in ((a, photo), (b, flipped), (white, mask)):
+        image.save(path)
+    sources = [None, Source(a), Source(a, strength=0.5), Source(b), Source(a, white), Source(a, b)]
+    pictures = [
+        resolve([Request(prompt="a cat", height=12, width=20)], pipeline, steps=2, source=source)[0]
+        for source in sources
+    ]
+    paths = draw(pipeline, pictures, tmp_path / "out", note={"model": "here"})
     assert len(set(paths)) == len(sources)
     strengths = [recipe_of(path).get("strength") for path in paths]
     assert strengths == [None, 0.6, 0.5, 0.6, 1.0, 1.0]
+    assert [recipe_of(path).get("image_file") for path in paths[:2]] == [None, str(a)]
     kept = to_pixels(Image.open(paths[4]))[..., 8:]
     assert torch.equal(kept, to_pixels(photo)[..., 8:])
+    # what counts is the pixels, not where they are stored
+    moved = a.rename(tmp_path / "moved.png")
+    again = resolve([Request(prompt="a cat", image=moved)], pipeline, steps=2)
+    assert draw(pipeline, again, tmp_path / "out") == [paths[1]]
+
+
+def test_a_request_may_have_its_own_image(
+    pipeline: PixArtPipeline, tmp_path: Path, photo: Image.Image
+) -> None:
+    for name in ("a.png", "b.png", "m.png"):
+        photo.save(tmp_path / name)
+    photo.rotate(90, expand=True).save(tmp_path / "tall.png")
+    lines = [
+        {"prompt": "of the run"},
+        {"prompt": "stronger", "strength": 0.9},
+        {"prompt": "masked", "mask": "m.png"},
+        {"prompt": "its own", "image": "tall.png"},
+        {"prompt": "all its own", "image": "b.png", "mask": "m.png", "strength": 0.2, "width": 8},
+        {"prompt": "shaped", "image": "tall.png", "aspect_ratio": "16:9"},
+    ]
+    file = tmp_path / "prompts.jsonl"
+    file.write_text("\n".join(map(json.dumps, lines)))
+    run = Source(tmp_path / "a.png", strength=0.3)
+    pictures = resolve(read_requests(file), pipeline, source=run)
+    here, mask = tmp_path.joinpath, tmp_path / "m.png"
+    assert [picture.source for picture in pictures] == [
+        run,
+        Source(here("a.png"), strength=0.9),
+        Source(here("a.png"), mask, 0.3),
+        Source(here("tall.png")),
+        Source(here("b.png"), mask, 0.2),
+        Source(here("tall.png")),
+    ]
+    sizes = [(picture.height, picture.width) for picture in pictures]
+    assert sizes == [(12, 20), (12, 20), (12, 20), (20, 12), (12, 8), (12, 20)]
+    with pytest.raises(ValueError, match="'x': a `mask` or `strength` is named, and no `image`"):
+        resolve([Request(prompt="x", strength=0.5)], pipeline)
+    file.write_text('{"prompt": "x", "image": "gone.png"}\n{"prompt": "x", "strength": 0}')
+    with pytest.raises(ValueError) as error:
+        read_requests(file)
+    assert f"prompts.jsonl:1: image is '{here('gone.png')}': no such file" in str(error.value)
+    assert "prompts.jsonl:2: strength is 0" in str(error.value)
 
 
 def test_images_are_turned_as_viewers_turn_them(tmp_path: Path, photo: Image.Image) -> None:
     exif = Image.Exif()
     exif[0x0112] = 6
     photo.save(tmp_path / "turned.png", exif=exif)
-    assert Source.open(tmp_path / "turned.png", None, None).image.size == (12, 20)
+    image, mask = Source(tmp_path / "turned.png").open()
+    assert (image.size, mask) == ((12, 20), None)
 
 
 def test_a_sheet_of_files(tmp_path: Path) -> None:

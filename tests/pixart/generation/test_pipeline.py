@@ -7,11 +7,13 @@ import json
 
 import pytest
 import torch
+from diffusers import PixArtTransformer2DModel
 from PIL import Image
 from small_pipeline import CONFIG, Encoder, small_pipeline
 from torch import Tensor
 
-from pixart import PixArt
+from pixart import PixArt, presets
+from pixart.checkpoints import save_diffusers
 from pixart.diffusion import NoiseSchedule
 from pixart.generation import PixArtPipeline, Prompts, contact_sheet
 from pixart.generation.pipeline import to_image, to_pixels
@@ -220,3 +222,54 @@ def test_contact_sheet_holds_every_picture() -> None:
     )
     found = {colour for _, colour in sheet.getcolors(100_000)}
     assert {image.getpixel((0, 0)) for image in images} <= found
+
+
+def large(**changes) -> PixArt:
+    """A model of 2048 pixels with PixArt-Sigma's coordinates and little else."""
+    small = {"hidden_size": 24, "depth": 1, "num_heads": 2, "caption_channels": 6}
+    torch.manual_seed(0)
+    model = PixArt(dataclasses.replace(presets["sigma-2k"], **small, **changes)).eval()
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    return model
+
+
+# 2048 and 4096 pixels, square and as far from it as the papers' tables go
+@pytest.mark.parametrize("grid", [(128, 128), (64, 256), (256, 256), (512, 128)], ids=str)
+def test_coordinates_of_large_pictures_are_those_of_small_ones(grid: tuple[int, int]) -> None:
+    positions = large().position_embedding(grid, torch.device("cpu")).view(*grid, 24)
+    # every size spans 32 positions, as the models of 512 pixels do; columns come first
+    frequencies = 10_000 ** -(torch.arange(6, dtype=torch.float64) / 6)
+    for row, column in [(0, 0), (1, 2), (grid[0] - 1, 5), (grid[0] // 2, grid[1] - 1)]:
+        x = 32 * torch.tensor([column / grid[1], row / grid[0]], dtype=torch.float64)
+        angles = x[:, None] * frequencies
+        expected = torch.cat([angles.sin(), angles.cos()], dim=1).flatten()
+        torch.testing.assert_close(positions[row, column].double(), expected, rtol=0, atol=1e-5)
+
+
+def test_draws_2048_pixels_in_one_pass_as_diffusers(pipeline: PixArtPipeline, tmp_path) -> None:
+    model = large()
+    save_diffusers(model, tmp_path / "stock")
+    stock = PixArtTransformer2DModel.from_pretrained(tmp_path / "stock").eval()
+    latents = torch.randn(1, 4, 256, 256, generator=torch.Generator().manual_seed(0))
+    caption, time = torch.randn(1, 5, 6), torch.tensor([500])
+    with torch.no_grad():
+        ours = model(latents, time, caption)
+        theirs = stock(
+            latents, caption, time, added_cond_kwargs={"resolution": None, "aspect_ratio": None}
+        ).sample
+    assert (ours - theirs).abs().max() < 1e-5 * theirs.abs().max()
+
+
+@pytest.mark.parametrize("sampling", ["conv", "ave"])
+def test_kv_compression_draws_4096_pixels_in_one_pass(
+    pipeline: PixArtPipeline, sampling: str
+) -> None:
+    compressed = {"sampling": sampling, "scale_factor": 4, "layers": [0]}
+    model = large(kv_compression=compressed)
+    drawing = PixArtPipeline(model, pipeline.vae, Encoder())
+    prompts = pipeline.encode(PROMPTS[:1])
+    settings = {"seeds": [0], "steps": 1, "sampler": "ddim", "guidance_scale": 1.0,
+                "guidance_mask": "official", "batch_size": 1}  # fmt: skip
+    (z,) = drawing.draw_latents(prompts, (512, 512), **settings)
+    assert z.shape == (1, 4, 512, 512) and z.isfinite().all() and z.std() > 0.1

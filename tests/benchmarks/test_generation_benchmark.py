@@ -1,0 +1,225 @@
+"""Pictures are compared before drawing them is timed, each way in a process of its own."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing.dummy
+import threading
+import types
+from collections.abc import Iterator
+from multiprocessing.connection import Connection
+
+import pytest
+import torch
+
+from benchmarks import generation as generation_module
+from benchmarks.generation import (
+    EXACT,
+    STOCK,
+    VARIANTS,
+    GenerationCase,
+    Parts,
+    Worker,
+    cases,
+    run,
+    time_case,
+    variants,
+)
+from benchmarks.report import generation as report_generation
+from benchmarks.timing import Measurement, Timing
+from pixart import PixArtConfig
+from pixart.generation import PixArtPipeline, cache
+
+CPU = torch.device("cpu")
+SMALL = PixArtConfig(
+    depth=2, input_size=8, hidden_size=24, num_heads=2, caption_channels=10, max_caption_tokens=30
+)
+CASE = GenerationCase("small", SMALL, batch=3, steps=3, text=30)
+ON_A_CPU = variants("cpu")
+
+
+class Thread(multiprocessing.dummy.Process):
+    """A stand-in for a process, quick to start, whose end of the pipe is its own."""
+
+    def kill(self) -> None: ...
+
+    def run(self) -> None:
+        connection, *_ = self._args
+        super().run()
+        Connection.close(connection)
+
+
+def pipe() -> tuple[Connection, Connection]:
+    ours, theirs = multiprocessing.Pipe()
+    theirs.close = lambda: None
+    return ours, theirs
+
+
+@pytest.fixture(autouse=True)
+def in_threads(monkeypatch) -> Iterator[None]:
+    """Compiled code is eager, and what is of a process is as it was after it."""
+    threads = types.SimpleNamespace(Process=Thread, Pipe=pipe)
+    monkeypatch.setattr(generation_module, "PROCESSES", threads)
+    of, lock = Parts.of, threading.Lock()
+
+    def one_at_a_time(*arguments) -> Parts:
+        # they share a random generator
+        with lock:
+            return of(*arguments)
+
+    monkeypatch.setattr(Parts, "of", one_at_a_time)
+    compiled = torch.nn.Module.compile
+    monkeypatch.setattr(
+        torch.nn.Module, "compile", lambda module, **_: compiled(module, backend="eager")
+    )
+    for name in ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR"):
+        monkeypatch.setenv(name, "")
+    with torch._dynamo.config.patch(recompile_limit=8, fail_on_recompile_limit_hit=False):
+        yield
+    torch.set_float32_matmul_precision("highest")
+
+
+@pytest.fixture
+def timed(monkeypatch) -> list[str]:
+    """The names that are timed, each called once."""
+    names: list[str] = []
+
+    def measure(calls, seconds, warm_ups, own):
+        before = own()
+        for call in calls.values():
+            call()
+        assert own() > before
+        names.extend(calls)
+        timings = dict.fromkeys(calls, Timing(1.0, 1.0, 1.0, 1))
+        return Measurement(1, timings, dict.fromkeys(calls, Timing(0.5, 0.5, 0.5, 1)))
+
+    monkeypatch.setattr(generation_module, "measure", measure)
+    return names
+
+
+def test_all_draw_the_same_and_are_timed(timed) -> None:
+    row = time_case(CASE, CPU, torch.float32, 60.0)
+    assert row["incorrect"] == {}
+    assert timed == ON_A_CPU == list(row["first_seconds"])
+    assert timed[0] == STOCK and len(timed) == 5
+    assert all(0 < error < 1e-5 for error in row["errors"].values())
+    assert row["peak_bytes"] == {}
+
+
+def test_what_draws_something_else_is_not_timed(timed, monkeypatch) -> None:
+    def spoilt(parts: Parts):
+        parts.ours.final_layer.linear.bias = torch.nn.Parameter(torch.full((32,), 0.01))
+        return parts.our_draw()
+
+    def late(parts: Parts):
+        raise torch.OutOfMemoryError("CUDA out of memory.\nmuch advice")
+
+    names = [STOCK, "ours", "spoilt", "late"]
+    ways = {STOCK: VARIANTS[STOCK], "ours": VARIANTS["ours"], "spoilt": spoilt, "late": late}
+    monkeypatch.setattr(generation_module, "VARIANTS", ways)
+    row = time_case(CASE, CPU, torch.float32, 60.0)
+    assert timed == names[:2]
+    assert row["incorrect"]["spoilt"].startswith("is off by ")
+    assert row["incorrect"]["late"] == "OutOfMemoryError: CUDA out of memory."
+    assert list(row["first_seconds"]) == names[:3]
+    # nothing to compare with
+    ways[STOCK] = late
+    with pytest.raises(RuntimeError, match="CUDA out of memory"):
+        time_case(CASE, CPU, torch.float32, 60.0)
+
+
+def test_a_process_that_is_late_or_dies_is_noticed() -> None:
+    worker = Worker(EXACT, CASE, CPU, torch.float32, 1)
+    with worker.running():
+        worker.answer()
+        with pytest.raises(RuntimeError, match="no picture within 0 s"):
+            worker.draw(0.0)
+        assert worker.answer()["latents"].shape == (3, 4, 8, 8)
+        worker.process.join()
+        with pytest.raises((RuntimeError, OSError)):
+            worker.draw(5.0)
+
+
+@pytest.fixture
+def as_if_on_a_gpu(monkeypatch) -> None:
+    """A replay runs the forward again."""
+
+    def capture(forward, pool):
+        output = forward()
+        return lambda: output.copy_(forward()), output
+
+    def with_graphs(model, vae, text_encoder, cuda_graphs):
+        pipeline = PixArtPipeline(model, vae, text_encoder)
+        pipeline.cuda_graphs = cache.CudaGraphs(model) if cuda_graphs else None
+        return pipeline
+
+    monkeypatch.setattr(cache, "capture", capture)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(generation_module, "PixArtPipeline", with_graphs)
+
+
+@pytest.mark.parametrize("name", [name for name in VARIANTS if name not in ON_A_CPU])
+@torch.no_grad()
+def test_ways_of_a_gpu_draw_the_same(name: str, as_if_on_a_gpu) -> None:
+    parts = Parts.of(CASE, CPU, torch.float32)
+    expected = Parts.of(CASE, CPU, torch.float32).exact_draw()()
+    latents = VARIANTS[name](parts)()
+    assert (latents - expected).norm() < 1e-5 * expected.norm()
+
+
+def test_cases_of_a_gpu_are_of_xl_2_at_every_size() -> None:
+    found = {(case.about()["pixels"], case.batch): case for case in cases("cuda")}
+    assert {(pixels, 1) for pixels in (512, 1024, 2048, 4096)} <= set(found)
+    assert {(pixels, 8) for pixels in (512, 1024, 2048)} <= set(found)
+    assert found[1024, 1].steps == found[512, 1].steps == 20
+    assert all(case.config.depth == 28 for case in found.values())
+    assert found[4096, 1].config.pe_interpolation == 8
+    assert variants("cuda") == list(VARIANTS)
+
+
+def test_a_row_for_each_case_whatever_becomes_of_it(monkeypatch) -> None:
+    given: list[float] = []
+
+    def fail(case, device, dtype, seconds):
+        given.append(seconds)
+        if case.batch == 8:
+            raise RuntimeError("no")
+        return {"timings": {}}
+
+    monkeypatch.setattr(generation_module, "time_case", fail)
+    saved: list[list[str]] = []
+
+    def save(rows: list[dict]) -> None:
+        saved.append(
+            [next(k for k in ("timings", "failed", "not_measured") if k in row) for row in rows]
+        )
+
+    several = [CASE, GenerationCase("small", SMALL, 8, 3, 30)]
+    run(several, torch.device("cuda"), torch.bfloat16, 400.0, save)
+    assert saved == [["timings", "not_measured"], ["timings", "failed"]]
+    # more than its share, because a GPU's compiles need it
+    assert given[0] == 240 and 399 < given[1] <= 400
+    rows = run(several, torch.device("cuda"), torch.bfloat16, 100.0)
+    assert [row["not_measured"] for row in rows] == ["100 s were over"] * 2
+
+
+def test_command_resumes_and_the_report_shows_it(tmp_path, monkeypatch, timed) -> None:
+    monkeypatch.setattr("benchmarks.report.ROOT", tmp_path)
+    monkeypatch.setattr(generation_module, "cases", lambda kind: [CASE])
+    monkeypatch.setattr(
+        generation_module, "VARIANTS", {name: VARIANTS[name] for name in (STOCK, "ours")}
+    )
+    assert report_generation(tmp_path / "generation.jsonl") == "No run is recorded yet."
+    for options in ([], ["--resume"]):
+        with pytest.raises(SystemExit) as ended:
+            generation_module.main(["--output", str(tmp_path), *options])
+        assert not ended.value.code
+    assert timed == [STOCK, "ours"]  # nothing twice
+    file = tmp_path / "generation.jsonl"
+    (row,) = (json.loads(line) for line in file.read_text().splitlines())
+    row |= {"first_seconds": {STOCK: 2.0, "ours": 3.0}, "peak_bytes": {"ours": 3 * 2**29}}
+    file.write_text(json.dumps(row))
+    text = report_generation(file)
+    cells = "3e+03 it/s, 2 s | **0.50× (0.50–0.50), 3e+03 it/s, 3 s, 1.50 GiB** |"
+    assert f"| small, 64px, 3, 3 steps | {cells}" in text.splitlines()
+    assert "memory at its peak, weights included" in text
