@@ -53,6 +53,17 @@ def test_consistency_is_what_the_sampler_takes_for_clean(t: int) -> None:
     torch.testing.assert_close(got, expected, atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.parametrize("t", [0, 1, 7])
+def test_consistency_near_the_end_by_the_scalings_of_diffusers(t: int) -> None:
+    c_skip, c_out = LCMScheduler(**BETAS).get_scalings_for_boundary_condition_discrete(t)
+    x_t, eps = randn(1, 4, 3, 5), randn(1, 4, 3, 5, seed=1)
+    abar = SCHEDULE.alphas_cumprod[t]
+    x_0 = (x_t - (1 - abar).sqrt() * eps) / abar.sqrt()
+    got = consistency(SCHEDULE, x_t, eps, torch.tensor([t]))
+    expected = (c_skip * x_t + c_out * x_0).float()
+    torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-5)
+
+
 def test_consistency_at_the_end_changes_nothing() -> None:
     x_0 = randn(2, 4, 3, 5)
     got = consistency(SCHEDULE, x_0, randn(2, 4, 3, 5, seed=1), torch.tensor([0, 0]))
@@ -72,6 +83,7 @@ def test_a_step_is_that_of_ddim(t: int) -> None:
 def test_the_loss_by_the_paper(folder: Path) -> None:
     """Algorithm 1 of arXiv:2310.04378 once more, in float64 but for the networks."""
     task = Distillation(distilling(folder, "loss"), torch.device("cpu"))
+    assert task.module.y_embedder.dropout == 0
     torch.manual_seed(4)
     with torch.no_grad():
         for parameter in task.module.parameters():

@@ -1,0 +1,118 @@
+"""Training a ControlNet: images that say where things are, beside those that show them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+
+from pixart.conditioning import VAE, FeatureCache, TextEncoder, encode_dataset
+from pixart.controlnet import ControlledPixArt
+from pixart.data.sources import ImageFolder
+from pixart.model import PixArt
+from pixart.training.class_to_image import NoText
+from pixart.training.text_to_image import TextToImage, is_encoded, same_source
+
+
+class _Uncaptioned(ImageFolder):
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self._rows = [(key, "control") for key in self.keys]
+
+
+class _WithControl(Dataset[dict[str, Any]]):
+    """Samples with the latents of the control image that has the same name.
+
+    Raises ValueError where one has none, or one of another size.
+    """
+
+    def __init__(self, features: FeatureCache, controls: FeatureCache) -> None:
+        rows = {_name(key): row for row, key in enumerate(controls.keys())}
+        names = [_name(key) for key in features.keys()]  # noqa: SIM118
+        shapes, of_controls = features.latent_shapes(), controls.latent_shapes()
+        lacking = [name for name in names if name not in rows]
+        unequal = [
+            name
+            for name, shape in zip(names, shapes, strict=True)
+            if name in rows and of_controls[rows[name]] != shape
+        ]
+        if lacking or unequal:
+            raise ValueError(
+                f"{controls.folder}: {len(lacking)} of {len(names)} images have no control image "
+                f"({', '.join(lacking[:5])}), {len(unequal)} one of another size "
+                f"({', '.join(unequal[:5])})"
+            )
+        self.features, self.controls = features, controls
+        self.rows = [rows[name] for name in names]
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, row: int) -> dict[str, Any]:
+        control = self.controls[self.rows[row]]["latent_mean"]
+        return {**self.features[row], "control": control.float()}
+
+
+class ControlledTextToImage(TextToImage):
+    """A :class:`pixart.training.trainer.Task`: noise prediction along an image."""
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        assert self.recipe.control is not None
+        controls = FeatureCache(self.recipe.control.features)
+        if controls.metadata.vae != self.features.metadata.vae:
+            raise ValueError("control.features were encoded by another autoencoder")
+        self.dataset = _WithControl(self.features, controls)
+
+    def _encode(self) -> None:
+        super()._encode()
+        control, data = self.recipe.control, self.recipe.data
+        if control is None or control.images is None:
+            return
+        if data.vae is None:
+            raise ValueError("control.images is given: data.vae is needed as well")
+        vae = VAE.from_pretrained(data.vae)
+        source = _Uncaptioned(
+            control.images, data.sizes(vae.factor * self.recipe.config.patch_size)
+        )
+        same = data.model_copy(update={"features": control.features, "text_encoder": None})
+        same_source(same)
+        if is_encoded(source, same):
+            return
+        encode_dataset(
+            source,
+            vae,
+            cast(TextEncoder, NoText("control images")),
+            control.features,
+            device=self.device,
+            max_bad_fraction=data.max_bad_fraction,
+        )
+
+    def _module(self) -> ControlledPixArt:
+        assert self.recipe.control is not None
+        return ControlledPixArt(cast(PixArt, super()._module()), self.recipe.control.copies)
+
+    def flops(self, batch: dict[str, Any]) -> int:
+        config, control = self.recipe.config, self.recipe.control
+        assert control is not None
+        return super().flops(batch) * (config.depth + control.copies) // config.depth
+
+    def collate(self, samples: list[Any]) -> dict[str, Any]:
+        controls = torch.stack([sample["control"] for sample in samples])
+        return {**super().collate(samples), "control": controls}
+
+    def _keywords(self, batch: dict[str, Any]) -> dict[str, Tensor]:
+        return {**super()._keywords(batch), "control": batch["control"]}
+
+    def export(self, module: nn.Module, folder: Path) -> None:
+        """``controlnet/``, without the model it is for."""
+        assert isinstance(module, ControlledPixArt)
+        module.save_pretrained(folder / "controlnet")
+
+
+def _name(key: str) -> str:
+    """An image may be a JPEG and its edges a PNG."""
+    return key.rsplit(".", 1)[0]
