@@ -78,10 +78,11 @@ def test_the_shipped_tiles_are_among_them() -> None:
 @pytest.mark.parametrize("source, kernel", [("fwd", "forward"), ("bwd", "backward")])
 def test_tiles_of_cuda_s_are_those_of_the_source(source: str, kernel: str) -> None:
     text = (ROOT / "csrc" / "attention" / f"{source}_sm90.cu").read_text()
-    (names,) = re.findall(r"accepted: ([\dx, ]+)", text)
-    assert list(KERNELS["cuda", kernel][1]) == names.split(", ")
-    for choice in KERNELS["cuda", kernel][1].values():
-        assert f'getenv("{choice.args[0]}")' in text
+    # asked_or_chosen("VARIABLE", {{groups, rows}, ...}, ...)
+    ((variable, cuts),) = re.findall(r'asked_or_chosen\("(\w+)",\s*\{(.*?\})\}', text, re.DOTALL)
+    names = [f"{groups}x{rows}" for groups, rows in re.findall(r"\{(\d+), (\d+)\}", cuts)]
+    assert list(KERNELS["cuda", kernel][1]) == names
+    assert {choice.args[0] for choice in KERNELS["cuda", kernel][1].values()} == {variable}
 
 
 @pytest.mark.parametrize("before", [None, "1x128"])
