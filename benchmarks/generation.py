@@ -33,6 +33,7 @@ import numpy
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL, DPMSolverMultistepScheduler, PixArtSigmaPipeline
+from PIL import Image
 from rich.progress import track
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -49,13 +50,14 @@ from pixart import PixArt, PixArtConfig, presets
 from pixart.conditioning import VAE
 from pixart.diffusion import NoiseSchedule, sample
 from pixart.generation import PixArtPipeline, Prompts
+from pixart.generation.pipeline import to_image
 from pixart_kernels import dispatch
 
 EXACT = "exact"
 GUIDANCE_SCALE = 4.5
 LENGTHS = (120, 20)  # real tokens of the texts, in turn; the negative prompt is empty, so one
 SECONDS = {"cpu": 120.0, "cuda": 240.0}  # that a case needs, most of them to compile
-FIRST = 100.0  # seconds that each may take for its first picture, whatever is left
+FIRST = 100.0  # seconds that each may take to start or for any picture, whatever is left
 MEASURING = 60.0  # seconds, of which a machine that is quiet needs less
 PROCESSES: Any = torch.multiprocessing.get_context("spawn")
 
@@ -142,8 +144,6 @@ class Parts:
             norm_num_groups=min(32, channels[0]),
             sample_size=1024,
         )
-        vae.enable_slicing()
-        vae.enable_tiling()
         vae.to(device, dtype).eval().requires_grad_(False)
         noise = case.noise().to(device, dtype)
         return cls(case, ours.eval(), stock.eval(), vae, case.prompts(dtype), noise)
@@ -193,6 +193,17 @@ class Parts:
             return latents
 
         return draw
+
+    def decode(self, name: str, latents: Tensor) -> list[Image.Image]:
+        """As the pipeline of that way does; both in tiles above 1024px."""
+        if name.startswith("ours"):
+            return [to_image(pixels) for pixels in VAE(self.vae).decode(latents, tiled=True)]
+        pipeline: Any = self.pipeline()
+        vae = pipeline.vae
+        vae.enable_slicing()
+        vae.enable_tiling()
+        pixels = vae.decode(latents.to(vae.dtype) / vae.config.scaling_factor).sample
+        return pipeline.image_processor.postprocess(pixels)
 
     def exact_draw(self) -> Draw:
         """In float64 or, where that would take too long, float32."""
@@ -315,6 +326,21 @@ def serve(
         if device.type == "cuda":
             torch.cuda.synchronize()
 
+    def peak() -> int | None:
+        """Of bytes since the last time."""
+        if device.type == "cpu":
+            return None
+        found = torch.cuda.max_memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        return found
+
+    def leave_room() -> None:
+        """For the other processes; where there is enough, giving back would only cost time."""
+        if device.type == "cuda":
+            free, total = torch.cuda.mem_get_info()
+            if free < total / 2:
+                torch.cuda.empty_cache()
+
     def reply(**found: object) -> None:
         connection.send({"cpu_seconds": time.process_time(), **found})
 
@@ -331,32 +357,43 @@ def serve(
             reply()
             if not connection.recv():
                 return
+            peak()
             if name == EXACT:
                 reply(latents=parts.exact_draw()().double().cpu().numpy())
                 return
-            if device.type == "cuda":
-                torch.cuda.reset_peak_memory_stats()
             start = time.perf_counter()
             draw = VARIANTS[name](parts)
             latents = draw()
-            peak = torch.cuda.max_memory_allocated() if device.type == "cuda" else None
-            parts.vae.decode(latents)
+            peaks = {"peak_bytes": peak()}
+            parts.decode(name, latents)
             wait()
             seconds = time.perf_counter() - start
-            reply(seconds=seconds, peak_bytes=peak, latents=latents.double().cpu().numpy())
+            peaks["decoding_peak_bytes"] = peak()
+            leave_room()
+            reply(seconds=seconds, **peaks, latents=latents.double().cpu().numpy())
             while connection.recv():
                 draw()
                 wait()
+                leave_room()
                 reply()
         # parts of it may not run here, which is a finding
         except Exception as error:
             reply(error=in_short(error))
 
 
+class NoPicture(RuntimeError):
+    """A process could not draw, or not in time."""
+
+    def __init__(self, name: str, reason: str) -> None:
+        super().__init__(reason)
+        self.name = name
+
+
 class Worker:
     """A process that draws, seen from outside."""
 
     def __init__(self, name: str, *arguments: object) -> None:
+        self.name = name
         self.connection, theirs = PROCESSES.Pipe()
         case, *rest = arguments
         self.process = PROCESSES.Process(target=serve, args=(theirs, case, name, *rest))
@@ -365,21 +402,23 @@ class Worker:
         theirs.close()
         self.cpu_seconds = 0.0
 
-    def answer(self, seconds: float | None = None) -> dict:
-        """Raises RuntimeError where there is an error instead of a picture."""
-        if seconds is not None and not self.connection.poll(seconds):
-            raise RuntimeError(f"no picture within {seconds:.0f} s")
+    def answer(self, seconds: float) -> dict:
+        """Raises NoPicture where there is an error instead, or nothing."""
         try:
+            if not self.connection.poll(seconds):
+                raise NoPicture(self.name, f"no answer within {seconds:.0f} s")
             found = self.connection.recv()
-        except EOFError:
-            raise RuntimeError("its process ended") from None
+        except (EOFError, OSError):
+            raise NoPicture(self.name, "its process ended") from None
         self.cpu_seconds = found["cpu_seconds"]
         if "error" in found:
-            raise RuntimeError(found["error"])
+            raise NoPicture(self.name, found["error"])
         return found
 
-    def draw(self, seconds: float | None = None) -> dict:
-        self.connection.send(True)
+    def draw(self, seconds: float = FIRST) -> dict:
+        # where it has ended, the answer says so
+        with contextlib.suppress(OSError):
+            self.connection.send(True)
         return self.answer(seconds)
 
     @contextlib.contextmanager
@@ -404,7 +443,7 @@ def time_case(
     deadline = time.perf_counter() + seconds
     arguments = (case, device, dtype, torch.get_num_threads())
     first_seconds: dict[str, float] = {}
-    peaks: dict[str, int] = {}
+    peaks: dict[str, dict[str, int]] = {"peak_bytes": {}, "decoding_peak_bytes": {}}
     errors: dict[str, float] = {}
     incorrect: dict[str, str] = {}
     with ExitStack() as stack:
@@ -412,38 +451,54 @@ def time_case(
             name: stack.enter_context(Worker(name, *arguments).running())
             for name in (EXACT, *variants(device.type))
         }
+
+        def left() -> float:
+            return max(FIRST, deadline - time.perf_counter())
+
+        def drop(failure: NoPicture) -> None:
+            """All are compared with two of them, without which there is nothing to go on with."""
+            if failure.name in (EXACT, STOCK):
+                raise failure
+            incorrect[failure.name] = str(failure)
+            # what it is still busy with, or keeps, would disturb the others
+            workers.pop(failure.name).process.kill()
+
         # importing at once, but drawing in turn
-        for worker in workers.values():
-            worker.answer()
-        exact = workers.pop(EXACT).draw()["latents"]
+        for worker in list(workers.values()):
+            try:
+                worker.answer(left())
+            except NoPicture as failure:
+                drop(failure)
+        exact = workers[EXACT].draw(left())["latents"]
+        del workers[EXACT]
         for name, worker in list(workers.items()):
             try:
-                found = worker.draw(max(FIRST, deadline - time.perf_counter()))
-            except RuntimeError as error:
-                if name == STOCK:
-                    raise
-                incorrect[name] = str(error)
-                del workers[name]
-                # what it is still busy with would disturb the others
-                worker.process.kill()
-                continue
-            first_seconds[name], errors[name] = found["seconds"], _distance(found["latents"], exact)
-            if found["peak_bytes"] is not None:
-                peaks[name] = found["peak_bytes"]
-            bound = max(case.steps * LEAST, MAY_ERR * errors[STOCK])
-            # written so that a NaN is wrong
-            if not errors[name] <= bound:
-                incorrect[name] = f"is off by {errors[name]}, may be by {bound}"
-                del workers[name]
-        measured = measure(
-            {name: worker.draw for name, worker in workers.items()},
-            min(MEASURING, max(0.0, deadline - time.perf_counter())),
-            warm_ups=0,  # the first pictures were
-            own=lambda: time.process_time() + sum(w.cpu_seconds for w in workers.values()),
-        )
+                found = worker.draw(left())
+                first_seconds[name] = found["seconds"]
+                errors[name] = _distance(found["latents"], exact)
+                for part, sizes in peaks.items():
+                    if found[part] is not None:
+                        sizes[name] = found[part]
+                bound = max(case.steps * LEAST, MAY_ERR * errors[STOCK])
+                # written so that a NaN is wrong
+                if not errors[name] <= bound:
+                    raise NoPicture(name, f"is off by {errors[name]}, may be by {bound}")
+            except NoPicture as failure:
+                drop(failure)
+        measured = None
+        while measured is None:
+            try:
+                measured = measure(
+                    {name: worker.draw for name, worker in workers.items()},
+                    min(MEASURING, max(0.0, deadline - time.perf_counter())),
+                    warm_ups=0,  # the first pictures were
+                    own=lambda: time.process_time() + sum(w.cpu_seconds for w in workers.values()),
+                )
+            except NoPicture as failure:
+                drop(failure)
     return {
         **{"incorrect": incorrect, "errors": errors},
-        **{"first_seconds": first_seconds, "peak_bytes": peaks, **measured.as_json()},
+        **{"first_seconds": first_seconds, **peaks, **measured.as_json()},
     }
 
 

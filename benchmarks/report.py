@@ -461,7 +461,8 @@ def generation(file: Path) -> str:
             rate = 1e3 * row["steps"] / row["timings"][name]["median"]
             text = f"{rate:.3g} it/s, {row['first_seconds'][name]:.3g} s"
             if name in row["peak_bytes"]:
-                text += f", {row['peak_bytes'][name] / 2**30:.2f} GiB"
+                peaks = (row[key][name] / 2**30 for key in ("peak_bytes", "decoding_peak_bytes"))
+                text += ", {:.2f} and {:.2f} GiB".format(*peaks)
             if name != STOCK:
                 ratio = row["speedups"][name]
                 text = f"{ratio['median']:.2f}× ({ratio['p20']:.2f}–{ratio['p80']:.2f}), {text}"
@@ -475,7 +476,11 @@ def generation(file: Path) -> str:
         "and from the 20th to the 80th percentile (bold: slower); steps of all pictures a second; "
         "seconds to the first picture of a new process, compiling, capturing and decoding "
         "included, reading weights and encoding texts not"
-        + ("; memory at its peak, weights included" if any(r["peak_bytes"] for r in rows) else "")
+        + (
+            "; memory at the peaks of drawing and of decoding, weights included"
+            if any(row["peak_bytes"] for row in rows)
+            else ""
+        )
         + ". The same random weights, on which speed does not depend; latents compared first. "
         f"{one['device']}, {one['dtype']}, torch {one['torch']}, commit {one['commit']}"
         + (f"; {disturbed} of {len(rows)} rows beside other work" if disturbed else "")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 import logging
 import math
 import re
@@ -11,15 +10,24 @@ import warnings
 from collections import defaultdict
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Annotated, Any, Literal, NamedTuple, cast
 
 import torch
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    FiniteFloat,
+    TypeAdapter,
+    ValidationError,
+)
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from pixart.checkpoints.diffusers import to_diffusers_names
-from pixart.checkpoints.files import read_json, read_tensors
+from pixart.checkpoints.files import read_tensors
 from pixart.files import finish_folder, unfinished_folder
 from pixart.model import PixArt
 
@@ -52,6 +60,33 @@ _PREFIX = re.compile(r"(?:base_model_model|unet|transformer|diffusion_model|lora
 _TEXT_ENCODER = re.compile(r"(?:lora_te\d*_|te\d*\.|text_encoder|bundle_emb\.).*")
 # they change the weights that training starts from, and so what the file belongs to
 _CHANGED_BASE = re.compile(r"pissa.*|olora|corda|loftq|lora_ga")
+
+
+def _layer_name(pattern: str) -> str:
+    """peft takes regular expressions, of which a stranger's may run forever."""
+    name = pattern.replace("\\.", ".").removesuffix("$")
+    if not re.fullmatch(r"\^?[\w.]+", name):
+        raise ValueError("accepted: a layer's name or how it ends, no other regular expression")
+    return name
+
+
+_LayerName = Annotated[str, AfterValidator(_layer_name)]
+_Rank = Annotated[int, Field(gt=0, lt=2**31)]
+
+
+class _Settings(BaseModel):
+    """What of peft's settings tells how a layer is merged."""
+
+    model_config = ConfigDict(strict=True)
+
+    peft_type: Literal["LORA", "LOHA", "LOKR"] = "LORA"
+    init_lora_weights: Any = True
+    r: _Rank | None = None
+    lora_alpha: FiniteFloat | None = None  # LoRA's
+    alpha: FiniteFloat | None = None  # LoHa's and LoKr's
+    use_rslora: bool = False
+    rank_pattern: dict[_LayerName, _Rank] | None = None
+    alpha_pattern: dict[_LayerName, FiniteFloat] | None = None
 
 
 class _Layer(NamedTuple):
@@ -90,21 +125,19 @@ def load_lora(model: PixArt, path: str | Path, scale: float = 1.0) -> list[str]:
     Raises:
         FileNotFoundError: there is no such file, or the folder holds none.
         ValueError: the file is damaged, or is no LoRA of this model: every tensor that is for no
-            layer, or whose shape, rank or counterpart is amiss, in one message. The model is
-            then as it was.
+            layer, or whose shape, rank, counterpart or values are amiss, in one message; or
+            peft's settings are. The model is then as it was.
     """
     path = Path(path)
     if not math.isfinite(scale):
         raise ValueError(f"load_lora: `scale` is {scale}; accepted: a finite number")
     tensors, config = _read(path)
     adapters = _match(tensors, _layers(model), path)
-    # all before any weight changes: the settings may be nonsense
-    scalings = [_scaling(layer.name, parts, config) for layer, parts in adapters]
     with torch.no_grad():
-        for (layer, parts), scaling in zip(adapters, scalings, strict=True):
+        for layer, parts in adapters:
             W = layer.weight.to(torch.promote_types(layer.weight.dtype, torch.float32))
             parts = {part: tensor.to(W) for part, tensor in parts.items()}
-            change = scaling * _product(parts).view_as(W)
+            change = _scaling(layer.name, parts, config) * _product(parts).view_as(W)
             magnitude = parts.get("magnitude", parts.get("dora_scale"))
             if magnitude is not None:
                 V, axis = W + change, _magnitude_axis(parts, W)
@@ -160,7 +193,7 @@ def save_lora(model: PixArt, folder: str | Path) -> None:
     finish_folder(folder)
 
 
-def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def _read(path: Path) -> tuple[dict[str, Tensor], _Settings]:
     """The tensors, and peft's settings where there are any."""
     file = path
     if path.is_dir():
@@ -169,33 +202,50 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         if not found:
             raise FileNotFoundError(f"{path}: no LoRA in this folder, none of {', '.join(names)}")
         file = found[0]
-    tensors, config = read_tensors(file), {}
+    tensors, config = read_tensors(file), _Settings()
     if file.stem == WEIGHTS[0] and (file.parent / PEFT_CONFIG).is_file():
-        config = read_json(file.parent / PEFT_CONFIG)
+        config = _parse((file.parent / PEFT_CONFIG).read_bytes(), file.parent / PEFT_CONFIG)
     elif file.suffix == ".safetensors":
         with safe_open(file, "pt") as opened:
             packed = (opened.metadata() or {}).get(DIFFUSERS_CONFIG, "{}")
         # one name for all models of a pipeline, each setting behind its model's name
-        settings = (re.fullmatch(r"(?:transformer|unet)\.(.+)", key) for key in json.loads(packed))
-        config = {m[1]: json.loads(packed)[m[0]] for m in settings if m}
-    if config.get("peft_type", "LORA") not in ("LORA", "LOHA", "LOKR"):
-        raise ValueError(
-            f"{path}: `peft_type` is {config['peft_type']}; accepted: LORA, LOHA, LOKR"
-        )
-    start = config.get("init_lora_weights")
+        config = _parse(packed, file, prefix=r"(?:transformer|unet)\.")
+    start = config.init_lora_weights
     if isinstance(start, str) and _CHANGED_BASE.fullmatch(start):
         raise ValueError(
             f"{path}: `init_lora_weights` is {start!r}, which changes the model before training; "
             "let peft convert it: save_pretrained(..., path_initial_model_for_weight_conversion=)"
         )
     by_peft = any("base_model.model." in key for key in tensors)
-    if by_peft and not config and not any(key.endswith(".alpha") for key in tensors):
+    if (
+        by_peft
+        and not config.model_fields_set
+        and not any(key.endswith(".alpha") for key in tensors)
+    ):
         warnings.warn(
             f"{path}: peft's {PEFT_CONFIG}, which tells alpha, is not beside it; alpha is taken to "
             "be the rank",
             stacklevel=3,
         )
     return tensors, config
+
+
+def _parse(text: str | bytes, file: Path, prefix: str = "") -> _Settings:
+    try:
+        settings = TypeAdapter(dict[str, Any]).validate_json(text)
+        named = ((re.fullmatch(f"{prefix}(\\w+)", key), x) for key, x in settings.items())
+        own = {match[1]: x for match, x in named if match}
+        if own.get("peft_type", "LORA") == "LORA":
+            # it may hold regular expressions, and the tensors tell
+            own.pop("rank_pattern", None)
+        return _Settings.model_validate(own)
+    except ValidationError as error:
+        problems = "; ".join(
+            (f"`{found['loc'][0]}` is {found['input']!r:.100}: " if found["loc"] else "")
+            + found["msg"].removeprefix("Value error, ")
+            for found in error.errors()
+        )
+        raise ValueError(f"{file}: peft's settings: {problems}") from None
 
 
 def _layers(model: PixArt) -> dict[str, _Layer]:
@@ -223,7 +273,7 @@ def _match(
     """Each layer that the file is for, with its tensors by part."""
     parts_of: dict[str, dict[str, Tensor]] = defaultdict(dict)
     found: dict[str, _Layer] = {}
-    skipped, strange, twice = [], [], []
+    skipped, strange, twice, worthless = [], [], [], []
     for key, tensor in tensors.items():
         match = _KEY.fullmatch(key)
         layer = _find(match["layer"], layers) if match else None
@@ -237,6 +287,10 @@ def _match(
             assert match.lastgroup is not None
             found[layer.name] = layer
             parts_of[layer.name][match.lastgroup] = tensor
+            # kohya writes alpha as the integer that it was given
+            is_number = tensor.is_floating_point() or match.lastgroup == "alpha"
+            if not is_number or not tensor.to(torch.float32).isfinite().all():
+                worthless.append(f"{key} ({str(tensor.dtype).removeprefix('torch.')})")
     adapters = [(layer, parts_of[name]) for name, layer in found.items()]
     misshapen = [
         f"{layer.name} {tuple(layer.weight.shape)}: "
@@ -248,6 +302,7 @@ def _match(
         "for no layer, or of no kind that is read": strange,
         "given twice": twice,
         "misshapen or incomplete": misshapen,
+        "not of finite floating-point numbers": worthless,
     }
     lines = [f"  {kind} ({len(x)}): {_listed(x)}" for kind, x in problems.items() if x]
     if lines:
@@ -286,7 +341,9 @@ def _fits(parts: Mapping[str, Tensor], weight: Tensor) -> bool:
     except (KeyError, IndexError, RuntimeError):
         return False
     one_alpha = "alpha" not in parts or parts["alpha"].numel() == 1
-    return one_alpha and axis is not None and product.shape == weight.flatten(1).shape
+    has_rank = all(tensor.numel() for tensor in parts.values())
+    fits = axis is not None and product.shape == weight.flatten(1).shape
+    return fits and one_alpha and has_rank
 
 
 def _product(parts: Mapping[str, Tensor]) -> Tensor:
@@ -300,23 +357,24 @@ def _product(parts: Mapping[str, Tensor]) -> Tensor:
     return p["up"] @ p["down"]
 
 
-def _scaling(layer: str, parts: Mapping[str, Tensor], config: Mapping[str, Any]) -> float:
+def _scaling(layer: str, parts: Mapping[str, Tensor], config: _Settings) -> float:
     """alpha / rank, or alpha / sqrt(rank) where the settings say so."""
 
-    def of_layer(pattern: str, default: float) -> float:
-        for key, value in (config.get(pattern) or {}).items():
-            if re.match(rf"(.*\.)?({key})$", layer):
+    def of_layer(patterns: Mapping[str, float] | None, default: float) -> float:
+        for name, value in (patterns or {}).items():
+            if f"^{layer}" == name or f".{layer}".endswith(f".{name}"):
                 return value
         return default
 
     inner = [parts[x] for x in ("down", *_LOHA[1::2], *_LOKR[2::3]) if x in parts]
     # LoKr of two full matrices shows no rank: peft scales it, LyCORIS does not, whatever its alpha
-    rank = len(inner[0]) if inner else of_layer("rank_pattern", config.get("r", 0))
+    rank = len(inner[0]) if inner else of_layer(config.rank_pattern, config.r or 0)
     if not rank:
         return 1.0
-    alpha = config.get("lora_alpha", config.get("alpha", rank))
-    alpha = float(parts["alpha"]) if "alpha" in parts else of_layer("alpha_pattern", alpha)
-    return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
+    given = [alpha for alpha in (config.lora_alpha, config.alpha) if alpha is not None]
+    alpha = of_layer(config.alpha_pattern, given[0] if given else rank)
+    alpha = float(parts["alpha"]) if "alpha" in parts else alpha
+    return alpha / (math.sqrt(rank) if config.use_rslora else rank)
 
 
 def _magnitude_axis(parts: Mapping[str, Tensor], weight: Tensor) -> int | None:

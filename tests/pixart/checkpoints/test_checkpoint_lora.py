@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -184,7 +185,7 @@ def test_one_file_as_trainers_spell_it(spelling: str, base: tuple, tmp_path: Pat
     peft = adapted(base[1], ADAPTERS["all_layers"])
     state = get_peft_model_state_dict(peft)
     state = {key.removeprefix("base_model.model."): tensor for key, tensor in state.items()}
-    spelt = with_alpha(state, 5.0, SPELLINGS[spelling])
+    spelt = with_alpha(state, 5, SPELLINGS[spelling])
     save_file(spelt, tmp_path / "style.safetensors")
     assert_loads(base, tmp_path / "style.safetensors", drawn_by_diffusers(peft))
     # the same, for the parameters are the same, in torch's own format
@@ -367,6 +368,11 @@ def test_all_problems_in_one_message_and_nothing_changed(base: tuple, tmp_path: 
         f"{block}.ff.net.2.lora_A.weight": torch.ones(2, 288),
         f"{block}.ff.net.2.lora_B.weight": torch.ones(72, 2),
         f"{block}.ff.net.2.dora_scale": torch.ones(()),
+        f"{block}.attn2.to_out.0.lora_A.weight": torch.ones(0, 72),
+        f"{block}.attn2.to_out.0.lora_B.weight": torch.ones(72, 0),
+        f"{block}.attn1.to_out.0.lora_A.weight": torch.full((2, 72), 1e300, dtype=torch.float64),
+        f"{block}.attn1.to_out.0.lora_B.weight": torch.ones(72, 2, dtype=torch.int8),
+        f"{block}.attn1.to_out.0.alpha": torch.tensor(math.nan),
         "transformer_blocks.7.attn1.to_q.lora_A.weight": torch.ones(2, 72),
         f"{block}.attn1.to_out.0.lora_B.bias": torch.ones(72),
         "proj_out.weight": torch.ones(32, 72),
@@ -382,15 +388,21 @@ def test_all_problems_in_one_message_and_nothing_changed(base: tuple, tmp_path: 
     )
     assert said[2].startswith("  given twice (1): ") and "attn1.to_q.lora_A.weight" in said[2]
     assert f"{block}.attn1.to_k (72, 72): down (2, 72), up (72, 3)" in said[3]
-    assert said[3].startswith("  misshapen or incomplete (6): ")
+    assert said[3].startswith("  misshapen or incomplete (7): ")
     for layer in (
         "alpha (2,)",
         "dora_scale ()",
         "attn1.to_v",
         "attn2.to_v (72, 72): down (2, 72)",
         "magnitude (71,)",
+        "up (72, 0)",
     ):
         assert layer in said[3]
+    assert said[4] == (
+        f"  not of finite floating-point numbers (3): {block}.attn1.to_out.0.alpha (float32), "
+        f"{block}.attn1.to_out.0.lora_A.weight (float64), "
+        f"{block}.attn1.to_out.0.lora_B.weight (int8)"
+    )
     state = base[0].state_dict()
     assert all(torch.equal(tensor, state[key]) for key, tensor in model.state_dict().items())
 
@@ -414,21 +426,56 @@ def test_a_convolution_by_channel_is_no_layer_for_it(tmp_path: Path) -> None:
         checkpoints.load_lora(PixArt(CONFIGS["kv_conv"]), tmp_path / "a.safetensors")
 
 
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        ({"peft_type": "OFT"}, "`peft_type` is OFT; accepted: LORA, LOHA, LOKR"),
-        ({"init_lora_weights": "pissa_niter_4"}, "'pissa_niter_4', which changes the model"),
-    ],
-    ids=["another_method", "another_base"],
-)
-def test_what_cannot_be_merged_is_refused(settings, message, base, tmp_path: Path) -> None:
-    peft = adapted(base[1], ADAPTERS["attention"])
+REFUSED = {
+    "another_method": ({"peft_type": "OFT"}, "`peft_type` is 'OFT': Input should be 'LORA', "),
+    "another_base": ({"init_lora_weights": "pissa_niter_4"}, "'pissa_niter_4', which changes the"),
+    "alpha_in_quotes": ({"lora_alpha": "2"}, "`lora_alpha` is '2': Input should be a valid number"),
+    "alpha_not_finite": ({"lora_alpha": math.nan}, "`lora_alpha` is nan: Input should be a finite"),
+    "rank_0": ({"r": 0}, "`r` is 0: Input should be greater than 0"),
+    "list_of_patterns": ({"alpha_pattern": ["x"]}, "`alpha_pattern` is ['x']: Input should be a"),
+    "half_a_pattern": ({"alpha_pattern": {"(": 4}}, "`alpha_pattern` is '(': accepted: a layer's"),
+    # what peft's own search would never end with
+    "endless_pattern": (
+        {"alpha_pattern": {r"([\w.]+)+!": 4}},
+        "accepted: a layer's name or how it",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", REFUSED)
+@pytest.mark.parametrize("where", ["beside", "in_the_metadata"])
+def test_settings_are_refused_by_name(kind: str, where: str, tmp_path: Path) -> None:
+    settings, message = REFUSED[kind]
+    model, file = PixArt(PLAIN), tmp_path / "adapter_model.safetensors"
+    q = {"lora_A.weight": torch.ones(2, 144), "lora_B.weight": torch.ones(144, 2)}
+    q = {f"transformer_blocks.0.attn1.to_q.{part}": tensor for part, tensor in q.items()}
+    named = {f"transformer.{key}": value for key, value in settings.items()}
+    save_file(q, file, {"lora_adapter_metadata": json.dumps(named)})
+    told_by = file
+    if where == "beside":
+        told_by = tmp_path / "adapter_config.json"
+        told_by.write_text(json.dumps(settings))
+    with pytest.raises(ValueError, match=re.escape(message)) as raised:
+        checkpoints.load_lora(model, file)
+    assert str(raised.value).startswith(f"{told_by}: ") or kind == "another_base"
+
+
+@pytest.mark.parametrize("text", ["[1]", "{", ""], ids=["list", "cut_short", "empty"])
+def test_settings_that_are_none(text: str, tmp_path: Path) -> None:
+    file = tmp_path / "adapter_model.safetensors"
+    save_file({"x": torch.ones(1)}, file, {"lora_adapter_metadata": text})
+    with pytest.raises(ValueError, match=f"^{re.escape(str(file))}: peft's settings: "):
+        checkpoints.load_lora(PixArt(PLAIN), file)
+    (tmp_path / "adapter_config.json").write_text(text)
+    with pytest.raises(ValueError, match=r"adapter_config\.json: peft's settings: "):
+        checkpoints.load_lora(PixArt(PLAIN), file)
+
+
+def test_the_tensors_tell_the_ranks_whatever_the_patterns(base: tuple, tmp_path: Path) -> None:
+    ranks = {r"attn[12]\.to_(q|k)": 2, "transformer_blocks.0.*": 3}
+    peft = adapted(base[1], LoraConfig(r=4, target_modules=ATTENTION, rank_pattern=ranks))
     peft.save_pretrained(str(tmp_path))
-    file = tmp_path / "adapter_config.json"
-    file.write_text(json.dumps({**json.loads(file.read_text()), **settings}))
-    with pytest.raises(ValueError, match=re.escape(message)):
-        checkpoints.load_lora(base[0], tmp_path)
+    assert_loads(base, tmp_path, drawn_by_diffusers(peft))
 
 
 def test_absent_and_absurd(base: tuple, tmp_path: Path) -> None:
