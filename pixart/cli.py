@@ -39,6 +39,13 @@ Loras = Annotated[
         show_default=False,
     ),
 ]
+Memory = Annotated[
+    str,
+    typer.Option(
+        help="high: all parts stay on the device; low: they take turns, and large pictures "
+        "are decoded in tiles; auto: high where there is room"
+    ),
+]
 
 
 @app.command()
@@ -67,12 +74,18 @@ def train(recipe: Recipe, overrides: Overrides = None) -> None:
     from pixart.training import TrainRecipe, load_recipe
     from pixart.training import train as run
     from pixart.training.class_to_image import ClassToImage
+    from pixart.training.control import ControlledTextToImage
     from pixart.training.distill import Distillation
     from pixart.training.text_to_image import TextToImage
 
     checked = load_recipe(TrainRecipe, recipe, overrides or ())
-    of_class = checked.config.conditioning == "class"
-    task = ClassToImage if of_class else Distillation if checked.distill else TextToImage
+    task: type[TextToImage] = TextToImage
+    if checked.config.conditioning == "class":
+        task = ClassToImage
+    elif checked.distill is not None:
+        task = Distillation
+    elif checked.control is not None:
+        task = ControlledTextToImage
     run(checked, lambda device: task(checked, device))
 
 
@@ -155,7 +168,10 @@ def generate(
         str, typer.Option(help="official, or diffusers: how the empty prompt is attended")
     ] = "official",
     image: Annotated[
-        Path | None, typer.Option(help="begin with it; its size unless one is given")
+        Path | None,
+        typer.Option(
+            help="begin with it; its size, or the nearest of its shape, unless one is given"
+        ),
     ] = None,
     mask: Annotated[
         Path | None, typer.Option(help="white where the image is drawn anew; black pixels stay")
@@ -164,6 +180,12 @@ def generate(
         float | None,
         typer.Option(help="how much of the image goes, to 1; default: 0.6, with a mask 1"),
     ] = None,
+    controlnet: Annotated[
+        Path | None, typer.Option(help="folder that `pixart train` wrote, or an official file")
+    ] = None,
+    control: Annotated[
+        Path | None, typer.Option(help="image for the ControlNet that says where things are")
+    ] = None,
     seed: Annotated[int, typer.Option(help="of the first picture; each next one adds 1")] = 0,
     batch_size: Annotated[int, typer.Option(min=1, help="pictures drawn together")] = 8,
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16")] = "float32",
@@ -171,13 +193,7 @@ def generate(
     cuda_graphs: Annotated[
         bool, typer.Option("--cuda-graphs", help="replay the model from a CUDA graph for each size")
     ] = False,
-    memory: Annotated[
-        str,
-        typer.Option(
-            help="high: all parts stay on the device; low: they take turns, and large pictures "
-            "are decoded in tiles; auto: high where there is room"
-        ),
-    ] = "auto",
+    memory: Memory = "auto",
     text_8bit: Annotated[
         bool, typer.Option("--text-8bit", help="the text encoder in 8 bits; needs bitsandbytes")
     ] = False,
@@ -197,6 +213,8 @@ def generate(
         raise ValueError(f"--dtype is {dtype!r}; accepted: float32, bfloat16, float16")
     if image is None and (mask is not None or strength is not None):
         raise ValueError("--mask and --strength need --image")
+    if (control is None) != (controlnet is None):
+        raise ValueError("--control and --controlnet need each other")
     requests = [pictures.Request(prompt=prompt) for prompt in prompts or ()]
     if prompts_file is not None:
         requests += pictures.read_requests(prompts_file)
@@ -205,10 +223,21 @@ def generate(
     place = _device(device)
     if cuda_graphs and place.type != "cuda":
         raise ValueError(f"--cuda-graphs needs a GPU, and the pictures are drawn on {place}")
+    # before a model of many gigabytes is read
+    source = None if image is None else pictures.Source(image, mask, strength)
+    if source is not None:
+        source.open()
+    pictures.check(
+        sampler=sampler,
+        steps=steps,
+        guidance_scale=guidance_scale,
+        guidance_mask=guidance_mask,
+        seed=seed,
+    )
+    output.mkdir(parents=True, exist_ok=True)
     loras = _loras(lora)
-    note: dict[str, Any] = {"model": str(model)}
-    if loras:
-        note["loras"] = [f"{file}:{scale:g}" for file, scale in loras]
+    # names alone: pictures are shown to people who have no business with this machine's paths
+    note = _note(model, loras)
     pipeline = PixArtPipeline.from_pretrained(
         model,
         dtype=getattr(torch, dtype),
@@ -218,6 +247,9 @@ def generate(
         text_8bit=text_8bit,
         loras=loras,
     )
+    if control is not None and controlnet is not None:
+        note |= {"controlnet": controlnet.resolve().name, "control": control.name}
+        pipeline.draw_along(controlnet, pictures.Source(control).open()[0])
     todo = pictures.resolve(
         requests,
         pipeline,
@@ -230,7 +262,7 @@ def generate(
         sampler=sampler,
         guidance_scale=guidance_scale,
         guidance_mask=guidance_mask,
-        source=None if image is None else pictures.Source(image, mask, strength),
+        source=source,
     )
     with Progress(*Progress.get_default_columns(), MofNCompleteColumn()) as progress:
         bar = progress.add_task("drawing", total=len(todo))
@@ -256,7 +288,10 @@ def serve(
     port: Annotated[int, typer.Option(min=0, max=65535, help="0: any that is free")] = 7860,
     token: Annotated[
         str | None,
-        typer.Option(help="what visitors must know; made up where other machines reach --host"),
+        typer.Option(
+            envvar="PIXART_TOKEN",
+            help="what visitors must know; made up where other machines reach --host",
+        ),
     ] = None,
     max_side: Annotated[
         int | None, typer.Option(min=1, help="pixels; default: twice what the model trained at")
@@ -274,6 +309,7 @@ def serve(
     cuda_graphs: Annotated[
         bool, typer.Option("--cuda-graphs", help="replay the model from a CUDA graph for each size")
     ] = False,
+    memory: Memory = "auto",
 ) -> None:
     """Open a web page that draws, and an HTTP API beside it.
 
@@ -291,14 +327,13 @@ def serve(
     if dtype not in ("float32", "bfloat16", "float16"):
         raise ValueError(f"--dtype is {dtype!r}; accepted: float32, bfloat16, float16")
     loras = _loras(lora)
-    note: dict[str, Any] = {"model": str(model)}
-    if loras:
-        note["loras"] = [f"{file}:{scale:g}" for file, scale in loras]
+    note = _note(model, loras)
     pipeline = PixArtPipeline.from_pretrained(
         model,
         dtype=getattr(torch, dtype),
         device=_device(device),
         cuda_graphs=cuda_graphs,
+        memory=memory,
         loras=loras,
     )
     limits = Limits(
@@ -450,6 +485,17 @@ def _shape(preset: str | None, config: Path | None) -> Any:
 def _must_be_new(target: Path) -> None:
     if target.exists() and not (target.is_dir() and not any(target.iterdir())):
         raise ValueError(f"{target} exists already: name a new one, or delete it")
+
+
+def _note(model: Path, loras: list[tuple[Path, float]]) -> dict[str, Any]:
+    """What pictures say of their model: names, and no more of this machine's folders."""
+    folder = model.resolve()
+    # every training run exports to a folder of this name
+    name = folder.parent.name if folder.name == "pipeline" else folder.name
+    note: dict[str, Any] = {"model": name}
+    if loras:
+        note["loras"] = [f"{file.name}:{scale:g}" for file, scale in loras]
+    return note
 
 
 def _loras(given: list[str] | None) -> list[tuple[Path, float]]:

@@ -29,8 +29,9 @@ from pixart.sequence import SharedTokens
 # rows of a block's scale_shift_table; the final layer's table has the first two alone
 SHIFT_ATTN, SCALE_ATTN, GATE_ATTN, SHIFT_MLP, SCALE_MLP, GATE_MLP = range(6)
 
-# position embeddings kept: more than the 40 grids of a multi-aspect data set
-MAX_CACHED_GRIDS = 64
+# of position embeddings: the 40 grids of a multi-aspect data set at 512 pixels, and less than one
+# of an XL/2 at 4096
+MAX_CACHED_BYTES = 2**28
 
 # nothing in a block is drawn at random
 CHECKPOINT: Any = {"use_reentrant": False, "preserve_rng_state": False}
@@ -532,10 +533,13 @@ class PixArt(nn.Module):
             return self._compute_positions(grid, device)
         key = (grid, device)
         if key not in self._positions:
-            if len(self._positions) >= MAX_CACHED_GRIDS:
-                self._positions.clear()
             with torch.inference_mode(False), torch.no_grad():
-                self._positions[key] = self._compute_positions(grid, device)
+                positions = self._compute_positions(grid, device)
+            kept = sum(tensor.nbytes for tensor in self._positions.values())
+            if kept + positions.nbytes > MAX_CACHED_BYTES:
+                self._positions.clear()
+            # the latest is kept however large it is: graphs are captured of what is computed
+            self._positions[key] = positions
         return self._positions[key]
 
     def _compute_positions(self, grid: tuple[int, int], device: torch.device) -> Tensor:

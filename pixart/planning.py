@@ -36,7 +36,10 @@ class Site:
 
 
 def tokens_of(pixels: int, config: PixArtConfig) -> int:
-    """Tokens of a square picture, or of any with its area."""
+    """Tokens of a square picture, or of any with its area.
+
+    The autoencoder is one of factor 8, as all that PixArt was published with.
+    """
     return (pixels // 8 // config.patch_size) ** 2
 
 
@@ -163,9 +166,11 @@ class Device:
     """Of one GPU, from its maker's data sheet: peak dense TFLOP/s of 16-bit matrix products and of
     float32 ones, GB/s and GB of its memory, and the watts it is rated at. Dollars an hour are
     typical of GPU clouds on demand in early 2026, where half and twice as much were asked as well.
+    ``driver_name`` is what CUDA calls it: PCIe and Grace variants, of other rates, have others.
     """
 
     name: str
+    driver_name: str
     tflops: float
     float32_tflops: float
     gbs: float
@@ -176,10 +181,12 @@ class Device:
 
 DEVICES = {
     # the price: the alpha paper's 28,400 dollars for its 1656 GPU-days
-    "v100": Device("NVIDIA V100 SXM2 32 GB", 125, 15.7, 900, 32, 300, 0.71),
-    "a100": Device("NVIDIA A100 SXM 80 GB", 312, 19.5, 2039, 80, 400, 2.00),
-    "h100": Device("NVIDIA H100 SXM 80 GB", 989, 67, 3350, 80, 700, 3.00),
-    "h200": Device("NVIDIA H200 SXM 141 GB", 989, 67, 4800, 141, 700, 4.00),
+    "v100": Device("NVIDIA V100 SXM2 32 GB", "Tesla V100-SXM2-32GB", 125, 15.7, 900, 32, 300, 0.71),
+    "a100": Device(
+        "NVIDIA A100 SXM 80 GB", "NVIDIA A100-SXM4-80GB", 312, 19.5, 2039, 80, 400, 2.00
+    ),
+    "h100": Device("NVIDIA H100 SXM 80 GB", "NVIDIA H100 80GB HBM3", 989, 67, 3350, 80, 700, 3.00),
+    "h200": Device("NVIDIA H200 SXM 141 GB", "NVIDIA H200", 989, 67, 4800, 141, 700, 4.00),
 }
 
 # share of the floor reached by the five stages of the PixArt-alpha paper on V100s (arXiv:2310.00426
@@ -249,8 +256,15 @@ def plan(
         grid: grams of CO2 equivalents a kWh.
 
     Raises:
-        ValueError: a number is out of range, or the measured run is of another recipe.
+        ValueError: a number is out of range, the measured run is of another recipe, or the recipe
+            has lora, distill or control, whose weights and passes are not counted.
     """
+    for name in ("lora", "distill", "control"):
+        if getattr(recipe, name) is not None:
+            raise ValueError(
+                f"the recipe has {name}, which cannot be planned: train a few steps and read "
+                "images_per_second and memory_gib in the run's log.jsonl"
+            )
     for name, value in {"count": count, "efficiency": efficiency or 1, "grid": grid}.items():
         if not value > 0:
             raise ValueError(f"{name} is {value}; accepted: above 0")
@@ -381,7 +395,7 @@ def memory(recipe: TrainRecipe, count: int = 1) -> dict[str, int]:
         "average": (4 * parameters // shares) if recipe.ema_decay is not None else 0,
     }
     half = recipe.mixed_precision != "no"
-    # autocast keeps its copies for the backward; FSDP gathers two blocks at a time instead
+    # autocast keeps its copies until the backward; FSDP gathers two blocks at a time instead
     gathered = 2 * parameters // config.depth if shares > 1 else parameters
     found["weights in 16 bits" if half else "gathered weights"] = (
         2 * gathered if half else (4 * gathered if shares > 1 else 0)
@@ -444,8 +458,7 @@ def _measured_speed(folder: Path, recipe: TrainRecipe, device: Device) -> tuple[
     if differ:
         raise ValueError(f"{folder} is of another recipe: {'; '.join(differ)}")
     last = starts[-1]
-    # data sheets and drivers agree on this much of a name
-    if device.name.split()[1] not in last["device"]:
+    if last["device"] != device.driver_name:
         raise ValueError(f"{folder} was measured on {last['device']}, which is no {device.name}")
     rows = [row["images_per_second"] for row in log if row["step"] > last["after_step"]]
     # the first of a start has warming up in it
@@ -458,9 +471,9 @@ def _measured_speed(folder: Path, recipe: TrainRecipe, device: Device) -> tuple[
 def _timed(values: dict[str, Any]) -> dict[str, Any]:
     """Of a recipe, what the time of a step depends on."""
     same = ("batch_size", "gradient_accumulation", "mixed_precision", "gradient_checkpointing",
-            "ema_decay", "parallel")  # fmt: skip
+            "ema_decay", "parallel", "lora", "distill", "control")  # fmt: skip
     return {
-        **{key: values[key] for key in same},
+        **{key: values.get(key) for key in same},
         "model": {key: value for key, value in values["model"].items() if key != "init"},
         "data.size": values["data"]["size"],
         "optimizer.name": values["optimizer"]["name"],

@@ -236,12 +236,14 @@ class TextEncoder:
                 self._warned.add(hash(caption))
                 warnings.warn(
                     f"caption cut at max_tokens={self.max_tokens} (it has {length} tokens); lost: "
-                    f"{self._lost_words(caption)!r}",
+                    f"{self.lost_words(caption)!r}",
                     stacklevel=3,
                 )
 
-    def _lost_words(self, caption: str) -> str:
-        """The end of the caption that is cut, from the first word that is not whole."""
+    def lost_words(self, caption: str) -> str:
+        """The end of a caption that is cut, from the first word that is not whole; else ""."""
+        if len(self.tokenizer(caption, verbose=False)["input_ids"]) <= self.max_tokens:
+            return ""
         if not self.tokenizer.is_fast:
             ids = self.tokenizer(caption, add_special_tokens=False, verbose=False)["input_ids"]
             kept = self.max_tokens - self.tokenizer.num_special_tokens_to_add()

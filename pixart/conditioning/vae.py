@@ -54,7 +54,8 @@ class VAE:
         Args:
             path: its folder, a diffusers pipeline folder (its `vae`), or a Hub name. A folder is
                 read without touching the network.
-            dtype: None means float32. Many autoencoders overflow in float16; bfloat16 is safe.
+            dtype: None means float32. For float16 an autoencoder whose config says
+                `force_upcast`, because its activations overflow, stays in float32.
             device: None keeps the model on the CPU.
 
         Raises:
@@ -73,10 +74,12 @@ class VAE:
         model, report = AutoencoderKL.from_pretrained(
             str(folder or path),
             local_files_only=folder is not None,
-            torch_dtype=dtype or torch.float32,
+            torch_dtype=torch.float32 if dtype in (None, torch.float16) else dtype,
             output_loading_info=True,
         )
         require_complete(path, report["missing_keys"], report["unexpected_keys"])
+        if dtype == torch.float16 and not model.config.force_upcast:
+            model.to(dtype)
         vae = cls(model)
         return vae if device is None else vae.to(device)
 

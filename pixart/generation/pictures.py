@@ -6,24 +6,29 @@ import dataclasses
 import difflib
 import hashlib
 import json
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, lru_cache, partial
 from pathlib import Path
 from typing import Annotated, Any
 
+import torch
 from PIL import Image, ImageOps
 from PIL.PngImagePlugin import PngInfo
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor
 
-from pixart.diffusion import defaults
+from pixart.diffusion import GUIDANCE_MASKS, SAMPLERS, NoiseSchedule, defaults
+from pixart.diffusion.samplers import STARTS_FROM_NOISE_ALONE
 from pixart.files import write_atomically
 from pixart.generation.contact_sheet import contact_sheet
 from pixart.generation.pipeline import PixArtPipeline, default_strength
 
 # encoded before the first of them is drawn, where the text encoder is loaded for each time
 ENCODED_AT_ONCE = 64
+
+MAX_STEPS = 1000
 
 
 class Request(BaseModel):
@@ -37,7 +42,7 @@ class Request(BaseModel):
     width: Annotated[int, Field(gt=0)] | None = None
     aspect_ratio: str | None = None
     seed: Annotated[int, Field(ge=0, lt=2**63)] | None = None
-    steps: Annotated[int, Field(ge=1, le=1000)] | None = None
+    steps: Annotated[int, Field(ge=1, le=MAX_STEPS)] | None = None
     guidance_scale: Annotated[float, Field(ge=1, allow_inf_nan=False)] | None = None
     image: Path | None = None
     mask: Path | None = None
@@ -45,15 +50,20 @@ class Request(BaseModel):
 
 
 def read_requests(path: Path) -> list[Request]:
-    """Prompts from a file, one a line; in a .jsonl file each line is an object of `Request` keys.
+    """Prompts from a file, one a line.
 
-    Blank lines are skipped. Paths of images and masks are relative to the file's folder.
+    In a .jsonl or .ndjson file each line is an object of `Request` keys. Blank lines are
+    skipped. Paths of images and masks are relative to the file's folder.
 
     Raises:
-        ValueError: one line for each problem, with the file's line number; or no prompt at all.
+        ValueError: one line for each problem, with the file's line number; no prompt at all; or a
+            .json file, which is no lines.
         OSError: the file cannot be read.
     """
     requests, problems = [], []
+    kind = path.suffix.lower()
+    if kind == ".json":
+        raise ValueError(f"{path}: accepted: .jsonl, an object on each line, or text")
     try:
         text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
@@ -63,7 +73,7 @@ def read_requests(path: Path) -> list[Request]:
         if not line.strip():
             continue
         try:
-            values = json.loads(line) if path.suffix == ".jsonl" else {"prompt": line.strip()}
+            values = json.loads(line) if kind in (".jsonl", ".ndjson") else {"prompt": line.strip()}
             request = Request.model_validate(values)
         except json.JSONDecodeError as error:
             problems.append(f"{path}:{number}: not JSON: {error}")
@@ -103,17 +113,42 @@ class Source:
     strength: float | None = None
 
     def open(self) -> tuple[Image.Image, Image.Image | None]:
-        """Image and mask, turned as a viewer shows them: cameras leave the turning to it."""
-        mask = None if self.mask is None else ImageOps.exif_transpose(Image.open(self.mask))
-        return ImageOps.exif_transpose(Image.open(self.image)), mask
+        """Image and mask of 8 bits, turned as a viewer shows them: cameras leave the turning to it.
+
+        Raises ValueError for what is no image, a mask of another size, or a strength beyond (0, 1].
+        """
+        if self.strength is not None and not 0 < self.strength <= 1:
+            raise ValueError(f"`strength` is {self.strength}; accepted: above 0, to 1")
+        image = _read(self.image).convert("RGB")
+        mask = None if self.mask is None else _read(self.mask).convert("L")
+        if mask is not None and mask.size != image.size:
+            sizes = "{}x{} for an image of {}x{}".format(*mask.size, *image.size)
+            raise ValueError(f"{self.mask} is {sizes}; accepted: the same size")
+        return image, mask
 
     def recipe(self) -> dict[str, Any]:
         image, mask = self.open()
         pixels = {"image": image, "mask": mask}
         return {
             "strength": default_strength(mask) if self.strength is None else self.strength,
-            **{name: _digest(x.tobytes()) for name, x in pixels.items() if x is not None},
+            **{
+                name: _digest(str(x.size).encode() + x.tobytes())
+                for name, x in pixels.items()
+                if x is not None
+            },
         }
+
+
+def _read(file: Path) -> Image.Image:
+    try:
+        image = ImageOps.exif_transpose(Image.open(file))
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise ValueError(f"{file}: {reason}") from None
+    # of 16 bits, which conversion to 8 would cut off
+    if image.mode.startswith("I"):
+        image = image.convert("I").point(lambda value: value * (1 / 257)).convert("L")
+    return image
 
 
 @dataclass(frozen=True)
@@ -138,6 +173,37 @@ class Picture:
         return values if source is None else {**values, **source.recipe()}
 
 
+def check(
+    *,
+    sampler: str | None = None,
+    steps: int | None = None,
+    guidance_scale: float | None = None,
+    guidance_mask: str = "official",
+    seed: int = 0,
+) -> None:
+    """Raises ValueError for settings that no model draws with."""
+    if sampler is not None and sampler not in SAMPLERS:
+        raise ValueError(f"`sampler` is {sampler!r}; accepted: {', '.join(SAMPLERS)}")
+    if steps is not None and not 1 <= steps <= MAX_STEPS:
+        raise ValueError(f"`steps` is {steps}; accepted: 1 to {MAX_STEPS}")
+    if sampler is not None and steps is not None:
+        _check_steps(sampler, steps)
+    if guidance_scale is not None and not 1 <= guidance_scale < math.inf:
+        raise ValueError(f"`guidance_scale` is {guidance_scale}; accepted: 1 or more")
+    if guidance_mask not in GUIDANCE_MASKS:
+        raise ValueError(
+            f"`guidance_mask` is {guidance_mask!r}; accepted: {', '.join(GUIDANCE_MASKS)}"
+        )
+    if not 0 <= seed < 2**63:
+        raise ValueError(f"`seed` is {seed}; accepted: 0 to 2^63 - 1")
+
+
+@cache
+def _check_steps(sampler: str, steps: int) -> None:
+    # some take fewer, and say so
+    SAMPLERS[sampler](NoiseSchedule(), steps, torch.device("cpu"))
+
+
 def resolve(
     requests: Sequence[Request],
     pipeline: PixArtPipeline,
@@ -156,16 +222,23 @@ def resolve(
     """Requests, with what they leave open as the run has it.
 
     A request that names a height, a width or an aspect ratio takes none of the run's, and one that
-    names an image no mask and strength of the run's. Sides that are named nowhere are the image's,
-    where there is one. Request ``i`` has the seed ``seed + i`` where it names none.
+    names an image no mask and strength of the run's. Sides that are named nowhere are those of
+    ``PixArtPipeline.size_for`` the image, where there is one. Request ``i`` has the seed
+    ``seed + i`` where it names none.
 
-    Raises ValueError, naming the prompt, for a size that the model cannot draw, or a mask or
-    strength without an image.
+    Raises ValueError, naming the prompt, for a size that the model cannot draw, a mask or strength
+    without an image, or as :func:`check`.
     """
     sampler = sampler or pipeline.sampler
     default_steps, default_scale = defaults(sampler, pipeline.guidance_scale)
     steps = default_steps if steps is None else steps
+    if sampler == "iddpm" and not pipeline.model.config.learn_sigma:
+        raise ValueError(
+            '`sampler` is "iddpm"; accepted for a model without learned variance: ddpm'
+        )
     guidance_scale = default_scale if guidance_scale is None else guidance_scale
+    # of many requests for one image
+    open_source = lru_cache(maxsize=1)(Source.open)
     pictures = []
     for i, request in enumerate(requests):
         sides = request.height, request.width, request.aspect_ratio
@@ -173,10 +246,20 @@ def resolve(
             sides = height, width, aspect_ratio
         try:
             begin = _source(request, source)
-            if begin is not None and sides[2] is None:
-                image, _ = begin.open()
-                sides = sides[0] or image.height, sides[1] or image.width, None
+            if begin is not None and sampler in STARTS_FROM_NOISE_ALONE:
+                raise ValueError(f"sampler {sampler!r} cannot begin with an image; the others can")
+            if begin is not None:
+                of_image = pipeline.size_for(open_source(begin)[0])
+                if sides[2] is None:
+                    sides = sides[0] or of_image[0], sides[1] or of_image[1], None
             rows, columns = pipeline.size(*sides)
+            check(
+                sampler=sampler,
+                steps=request.steps or steps,
+                guidance_scale=guidance_scale,
+                guidance_mask=guidance_mask,
+                seed=seed + i if request.seed is None else request.seed,
+            )
         except ValueError as error:
             raise ValueError(f"{request.prompt!r}: {error}") from None
         negative, scale = request.negative_prompt, request.guidance_scale
@@ -253,14 +336,20 @@ def draw(
 
     if callback is not None:
         callback(drawn, total)
-    batches = [
-        (alike, members[start : start + batch_size])
-        for alike, members in groups.items()
-        for start in range(0, len(members), batch_size)
-    ]
-    at_once = max(1, ENCODED_AT_ONCE // batch_size) if pipeline.memory == "low" else 1
-    for start in range(0, len(batches), at_once):
-        several = batches[start : start + at_once]
+    if not todo:
+        pipeline.free_text_encoder()
+    at_once = ENCODED_AT_ONCE if pipeline.memory == "low" else 1
+    turns: list[list[tuple[Picture, list[Path]]]] = []
+    waiting = at_once
+    for alike, members in groups.items():
+        for start in range(0, len(members), batch_size):
+            batch = members[start : start + batch_size]
+            if waiting + len(batch) > at_once:
+                turns.append([])
+                waiting = 0
+            turns[-1].append((alike, batch))
+            waiting += len(batch)
+    for several in turns:
         encoded = [
             pipeline.encode([todo[path][0].prompt for path in members], alike.negative_prompt)
             for alike, members in several
@@ -285,7 +374,7 @@ def draw(
             )
             notes = {**(note or {})}
             if alike.source is not None:
-                notes["image_file"] = str(alike.source.image)
+                notes["image_file"] = alike.source.image.name
             for path, drawing in zip(batch, images, strict=True):
                 info = PngInfo()
                 info.add_itxt("pixart", json.dumps({**todo[path][1], **notes}))

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import gc
+import hashlib
 import json
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from PIL import Image, ImageOps
@@ -17,7 +20,8 @@ from torch.nn import functional as F
 
 from pixart.checkpoints import load_lora
 from pixart.conditioning import VAE, TextEncoder
-from pixart.conditioning.pretrained import fingerprint
+from pixart.conditioning.pretrained import find_folder, fingerprint
+from pixart.controlnet import ControlledPixArt
 from pixart.data.aspect_ratios import nearest_size
 from pixart.diffusion import defaults, sample
 from pixart.generation import placement
@@ -105,6 +109,7 @@ class PixArtPipeline:
                 'accepted: with "high"'
             )
         self.cuda_graphs = CudaGraphs(self.model) if cuda_graphs else None
+        self._control: tuple[ControlledPixArt, Image.Image] | None = None
 
     @classmethod
     def from_pretrained(
@@ -123,7 +128,7 @@ class PixArtPipeline:
         Args:
             memory: "high": all parts stay on the device. "low": they take turns; the text encoder
                 is loaded to encode prompts, with its weights streamed to a GPU layer by layer, and
-                freed. "auto": high where everything fits, which is logged.
+                freed. "auto": high where everything fits, which is logged, or for CUDA graphs.
             text_8bit: the text encoder in 8 bits, by the package bitsandbytes: other features, and
                 so slightly other pictures, for half its memory in bfloat16. It is not streamed.
             loras: files or folders and their scales, see ``pixart.checkpoints.load_lora``.
@@ -131,16 +136,17 @@ class PixArtPipeline:
         Raises:
             FileNotFoundError: the folder holds neither, or a part of it is missing.
             ModuleNotFoundError: ``text_8bit`` without bitsandbytes.
-            ValueError: ``memory`` is none of these, or see the class.
+            ValueError: ``memory`` is none of these, a file of the folder is not JSON or does not
+                name the parts, or see the class.
         """
         if memory not in placement.MODES:
             raise ValueError(f"`memory` is {memory!r}; accepted: {', '.join(placement.MODES)}")
         folder, device = Path(folder), torch.device(device)
-        if (folder / PIPELINE).is_file():
-            parts = json.loads((folder / PIPELINE).read_text())
-        elif (folder / "model_index.json").is_file():
-            parts = {"vae": "vae", "text_encoder": "."}
-            scheduler = json.loads((folder / "model_index.json").read_text()).get("scheduler")
+        if (file := folder / PIPELINE).is_file():
+            parts = _read_json(file)
+        elif (file := folder / "model_index.json").is_file():
+            parts = {"vae": "./vae", "text_encoder": "."}
+            scheduler = _read_json(file).get("scheduler")
             if scheduler and scheduler[1] == "LCMScheduler":
                 parts["sampler"] = "lcm"
         else:
@@ -148,17 +154,18 @@ class PixArtPipeline:
                 f"{folder} is no pipeline: expected {PIPELINE} (as `pixart train` writes) or "
                 "model_index.json (as diffusers does)"
             )
+        vae, encoder = (_part(file, parts, name) for name in ("vae", "text_encoder"))
         model = PixArt.from_pretrained(folder / "transformer")
         for path, scale in loras:
             load_lora(model, path, scale)
         model = model.to(dtype)
-        # a name that is no folder beside it is a path of its own, a hub name, or "minilm"
-        vae, encoder = (
-            str(folder / name) if (folder / name).exists() else name
-            for name in (parts["vae"], parts["text_encoder"])
-        )
         encoder_dtype = None if encoder == "minilm" else dtype
-        decoder = VAE.from_pretrained(vae, dtype=dtype)
+        try:
+            decoder = VAE.from_pretrained(vae, dtype=dtype)
+        except OSError as error:
+            raise FileNotFoundError(f"{file} has its vae at {vae}: {error}") from None
+        if memory == "auto" and cuda_graphs:
+            memory = "high"
         if memory == "auto":
             text = TextEncoder.weight_bytes(encoder, dtype=encoder_dtype, in_8bit=text_8bit)
             memory = placement.choose(model, decoder, text, device)
@@ -193,7 +200,8 @@ class PixArtPipeline:
             self._text_encoder = self._load_text_encoder()
         return self._text_encoder
 
-    def _free_text_encoder(self) -> None:
+    def free_text_encoder(self) -> None:
+        """Until it is needed again, where the pipeline knows how to load it."""
         if self._load_text_encoder is not None and self._text_encoder is not None:
             self._text_encoder = None
             # modules and accelerate's hooks refer to each other
@@ -202,23 +210,44 @@ class PixArtPipeline:
                 torch.cuda.empty_cache()
 
     @contextmanager
-    def _on_device(self, part: PixArt | VAE) -> Iterator[None]:
+    def _on_device(self, part: PixArt | ControlledPixArt | VAE) -> Iterator[None]:
         """With low memory a part is on the device no longer than it works."""
         if self.memory == "high":
             yield
             return
-        part.to(self.device)
         try:
+            # which may find room for half of it
+            part.to(self.device)
             yield
         finally:
             part.to("cpu")
 
     @property
     def identity(self) -> str:
-        """Names the weights of all parts, in their dtypes, wherever they are stored."""
+        """Names the weights of all parts, in their dtypes, wherever they are stored, and what
+        pictures are drawn along."""
         if self._encoder_identity is None and self.text_encoder is not None:
             self._encoder_identity = self.text_encoder.identity
-        return fingerprint(self.model, self.vae.identity, self._encoder_identity)
+        others = [self.vae.identity, self._encoder_identity]
+        if self._control is not None:
+            controlled, image = self._control
+            pixels = hashlib.sha256(image.convert("RGB").tobytes()).hexdigest()
+            others.append(fingerprint(controlled.controlnet, image.size, pixels))
+        return fingerprint(self.model, *others)
+
+    def draw_along(self, controlnet: str | Path, image: Image.Image) -> None:
+        """From now on pictures follow an image, scaled and cropped to their size.
+
+        Args:
+            controlnet: see ``ControlledPixArt.from_pretrained``.
+            image: of the kind that it was trained with, such as edges.
+
+        Raises ValueError for a ControlNet of another model, or where CUDA graphs are used.
+        """
+        if self.cuda_graphs is not None:
+            raise ValueError("`cuda_graphs` is True; accepted with a ControlNet: False")
+        # what it shares with the model is where that is, and of its type
+        self._control = ControlledPixArt.from_pretrained(self.model, controlnet).eval(), image
 
     def encode(self, prompts: Sequence[str], negative_prompt: str = "") -> Prompts:
         """Prompts' features, and those of what guidance steers away from."""
@@ -258,8 +287,8 @@ class PixArtPipeline:
 
         Args:
             prompts: texts, or what :meth:`encode` made of them.
-            height, width: pixels; None: those of ``image``, or the size that the model was
-                trained at. :meth:`size` finds those of an aspect ratio.
+            height, width: pixels; None: those of ``image``, see :meth:`size_for`, or the size
+                that the model was trained at. :meth:`size` finds those of an aspect ratio.
             seed: picture ``i`` starts from the noise of ``seed + i``, or of ``seed[i]``, whatever
                 the batch size.
             steps, sampler: see ``pixart.diffusion.sample``; None: what suits the model.
@@ -269,8 +298,9 @@ class PixArtPipeline:
                 its own. A negative prompt, which the official code does not have, is always
                 attended at its own length.
             image: what all pictures begin with, scaled and cropped to the size; None: noise.
-            mask: white where ``image`` is drawn anew, black where its pixels are the result's,
-                and grey for a blend; of the size of ``image``.
+            mask: white where ``image`` is drawn anew, black where its pixels are the result's;
+                greys blend the two, and those darker than half are not drawn anew. Of the size of
+                ``image``.
             strength: share of the steps that are taken, the last ones, so that less of ``image``
                 changes; in (0, 1]. None: :func:`default_strength`.
             batch_size: pictures drawn together.
@@ -292,14 +322,15 @@ class PixArtPipeline:
                 f"`mask` is {_size(mask)} for an image of {_size(image)}; accepted: the same size"
             )
         if image is not None:
-            width, height = (width or image.width, height or image.height)
+            rows, columns = self.size_for(image)
+            height, width = height or rows, width or columns
         height, width = self.size(height, width)
         sampler = sampler or self.sampler
         if guidance_scale is None:
             guidance_scale = defaults(sampler, self.guidance_scale)[1]
         if not isinstance(prompts, Prompts):
             prompts = self.encode(prompts)
-        self._free_text_encoder()
+        self.free_text_encoder()
         # else what took long to draw might fail at its last step
         tiled = self.memory == "low" or not placement.fits(
             self.vae.decoding_bytes(height, width), self.device
@@ -312,7 +343,13 @@ class PixArtPipeline:
         if mask is not None:
             mask = ImageOps.fit(mask.convert("L"), (width, height))
             white = to_pixels(mask)[None, :1]
-            drawn_where = F.max_pool2d(white, self.vae.factor) > -1
+            # each latent pixel with a white one; dark greys are a JPEG's black, or a blend's end
+            drawn_where = F.max_pool2d(white, self.vae.factor) > 0
+        control = None
+        if self._control is not None:
+            along = ImageOps.fit(self._control[1].convert("RGB"), (width, height))
+            with self._on_device(self.vae):
+                control = self.vae.encode(to_pixels(along)[None], tiled=tiled)
         if strength is None:
             strength = 1.0 if image is None else default_strength(mask)
         batches = self.draw_latents(
@@ -326,15 +363,16 @@ class PixArtPipeline:
             start=start,
             mask=drawn_where,
             strength=strength,
+            control=control,
             batch_size=batch_size,
             callback=callback,
             preview=preview,
         )
         # all of them, small as they are, so that each part has one turn
-        with self._on_device(self.model):
+        with self._on_device(self.model if self._control is None else self._control[0]):
             latents = list(batches)
         with self._on_device(self.vae):
-            drawn = [to_image(x) for z in latents for x in self.vae.decode(z, tiled=tiled)]
+            drawn = [_checked(x) for z in latents for x in self.vae.decode(z, tiled=tiled)]
         if image is None or mask is None:
             return drawn
         return [Image.composite(picture, image, mask) for picture in drawn]
@@ -361,6 +399,18 @@ class PixArtPipeline:
                 raise ValueError(f"`{name}` is {pixels}; accepted: a multiple of {multiple}")
         return sides
 
+    def size_for(self, image: Image.Image) -> tuple[int, int]:
+        """Height and width in pixels of a picture that begins with an image.
+
+        They are the image's own, where the model can draw them and neither is beyond twice the
+        side that it was trained at, else the nearest size of the papers' table for its ratio.
+        """
+        multiple = self.vae.factor * self.model.config.patch_size
+        largest = 2 * max(self.size())
+        if all(side % multiple == 0 and side <= largest for side in image.size):
+            return image.height, image.width
+        return self.size(aspect_ratio=f"{image.width}:{image.height}")
+
     def draw_latents(
         self,
         prompts: Prompts,
@@ -375,13 +425,15 @@ class PixArtPipeline:
         start: Tensor | None = None,
         mask: Tensor | None = None,
         strength: float = 1.0,
+        control: Tensor | None = None,
         callback: Callable[[int, int], None] | None = None,
         preview: Callable[[Tensor], None] | None = None,
     ) -> Iterator[Tensor]:
         """Batches of normalised latents (B, C, h, w), in the order of the prompts.
 
         All begin with ``start`` (1, C, h, w), where given; ``mask`` (1, 1, h, w) and ``strength``
-        are those of ``pixart.diffusion.sample``.
+        are those of ``pixart.diffusion.sample``, and ``control`` (1, C, h, w) that of
+        :meth:`draw_along`.
         """
         config, device = self.model.config, next(self.model.parameters()).device
         null_caption = prompts.null_caption
@@ -408,8 +460,11 @@ class PixArtPipeline:
 
             dtype = self.model.final_layer.linear.weight.dtype
             cached = Cached(self.model, self.cuda_graphs)
+            run: Callable[..., Tensor] = cached
+            if self._control is not None and control is not None:
+                run = partial(self._control[0], control=control.to(device))
             yield sample(
-                cached,
+                run,
                 noise.to(device, dtype),
                 batch.caption.to(device, dtype),
                 batch.mask.to(device),
@@ -425,10 +480,35 @@ class PixArtPipeline:
                 strength=strength,
                 callback=progress,
                 preview=preview,
-                prepare=cached.prepare,
+                prepare=cached.prepare if run is cached else None,
                 image_size=image_size,
                 aspect_ratio=aspect_ratio,
             )
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    try:
+        values = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{file} is not JSON: {error}") from None
+    if not isinstance(values, dict):
+        raise ValueError(f"{file} holds {values!r}; accepted: an object")
+    return values
+
+
+def _part(file: Path, parts: dict[str, Any], key: str) -> str:
+    """Path or Hub name of a part that a pipeline's file names."""
+    name = parts.get(key)
+    if not isinstance(name, str):
+        raise ValueError(f"{file}: {key!r} is {name!r}; accepted: a folder or a name")
+    if name.startswith(".") or (file.parent / name).exists():
+        name = str(file.parent / name)
+    # else a path of its own, a Hub name, or "minilm"
+    try:
+        find_folder(name, key)
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{file} has its {key} at {name}, which is no folder") from None
+    return name
 
 
 def to_image(pixels: Tensor) -> Image.Image:
@@ -446,6 +526,15 @@ def to_pixels(image: Image.Image) -> Tensor:
 def default_strength(mask: Image.Image | None) -> float:
     """An image as a whole is to be recognised; what a mask shows is to be drawn from nothing."""
     return 0.6 if mask is None else 1.0
+
+
+def _checked(pixels: Tensor) -> Image.Image:
+    if not pixels.isfinite().all():
+        raise ValueError(
+            "a picture came out as NaN: the weights are broken, or overflow in float16; bfloat16 "
+            "and float32 have room"
+        )
+    return to_image(pixels)
 
 
 def _size(image: Image.Image | None) -> str:

@@ -21,14 +21,15 @@ logger = logging.getLogger(__name__)
 def choose(model: PixArt, vae: VAE, text_encoder_bytes: int, device: torch.device) -> str:
     """``"high"`` where all parts fit into what is free on the device now, else ``"low"``.
 
-    To the parts' weights comes what decoding takes for a picture of the size that the model was
-    trained at, which is more than drawing it takes. Logs the choice and its reason.
+    Weights that are there already take nothing more. To the others' comes what decoding takes for
+    a picture of the size that the model was trained at, which is more than drawing it takes. Logs
+    the choice and its reason.
     """
     side = model.config.input_size * vae.factor
     needed = {
         "text encoder": text_encoder_bytes,
-        "transformer": _bytes(model),
-        "autoencoder": _bytes(vae.model),
+        "transformer": _bytes_elsewhere(model, device),
+        "autoencoder": _bytes_elsewhere(vae.model, device),
         f"decoding {side}x{side}": vae.decoding_bytes(side, side),
     }
     mode = "high" if fits(sum(needed.values()), device) else "low"
@@ -64,5 +65,5 @@ def _gigabytes(size: int) -> str:
     return f"{size / 1e9:.1f} GB"
 
 
-def _bytes(module: nn.Module) -> int:
-    return sum(p.nbytes for p in module.parameters())
+def _bytes_elsewhere(module: nn.Module, device: torch.device) -> int:
+    return sum(p.nbytes for p in module.parameters() if p.device.type != device.type)

@@ -76,6 +76,7 @@ class Autoencoder:
         self.dataset = _Pictures(ImageFolder(recipe.images, recipe.size))
         if len(self.dataset) == 0:
             raise ValueError(f"images: {recipe.images} holds no picture")
+        self.keys = self.dataset.source.keys
         self.buckets = [recipe.size] * len(self.dataset)
         self.preview_every = recipe.samples_every
         self._bad: dict[str, str] = {}
@@ -108,7 +109,9 @@ class Autoencoder:
         images = [sample for sample in samples if isinstance(sample, Tensor)]
         bad = [(s.key, s.reason) for s in samples if isinstance(s, BadSample)]
         if not images:
-            raise RuntimeError(f"no picture of a batch could be read; the first: {bad[0]}")
+            # a step needs a picture, and one batch, which comes again and again, is no reason to
+            # end the run: how many are bad decides that
+            images = list(self._images(PREVIEWS)[:1])
         return {"images": torch.stack(images), "bad": bad}
 
     def flops(self, batch: dict[str, Any]) -> None:
@@ -171,8 +174,13 @@ class Autoencoder:
 
     def _images(self, count: int) -> Tensor:
         step = max(1, len(self.dataset) // count)
-        found = (self.dataset[i] for i in range(0, len(self.dataset), step))
-        return torch.stack([image for image in found if isinstance(image, Tensor)][:count])
+        found = [self.dataset[i] for i in range(0, len(self.dataset), step)][:count]
+        images = [image for image in found if isinstance(image, Tensor)]
+        if not images:
+            raise RuntimeError(
+                f"of {len(found)} pictures none could be read; the first: {found[0]}"
+            )
+        return torch.stack(images)
 
 
 def _lpips(device: torch.device) -> nn.Module:

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 import torch.distributed.checkpoint as dcp
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
 
@@ -110,7 +111,7 @@ class Checkpoints:
             raise self._failed(step, error) from error
 
     def load(self, folder: Path) -> None:
-        """Puts a checkpoint's state in place. Raises RuntimeError where it is damaged."""
+        """Puts a checkpoint's state in place. Raises RuntimeError where this run cannot have it."""
         try:
             self._make_optimizer_state()
             state = self._state()
@@ -118,7 +119,10 @@ class Checkpoints:
             dcp.load(state, storage_reader=reader, process_group=self.processes.saving)
             self._take_numbers(state)
         except (Exception, CheckpointException) as error:
-            raise _unreadable(folder, error) from error
+            raise RuntimeError(
+                f"{folder} is whole, but cannot be loaded here ({_reason(error)}). Keep it: try "
+                f"the versions in {self.run.folder / 'starts.jsonl'}, or more memory"
+            ) from error
 
     def _state(self) -> dict[str, Tensor]:
         """The training state by name: tensors in place, and copies of an optimiser's numbers."""
@@ -170,23 +174,23 @@ class Checkpoints:
 
 
 def read_about(folder: Path) -> dict[str, Any]:
-    """What :meth:`Checkpoints.save` was told. Raises RuntimeError where files are not whole."""
+    """What :meth:`Checkpoints.save` was told. Raises RuntimeError where files are damaged."""
     try:
         about = json.loads((folder / ABOUT).read_text())
         # a part that nobody misses would be read as what was in memory before
         missing = [name for name in about["files"] if not (folder / name).is_file()]
         if missing:
             raise FileNotFoundError(f"{', '.join(missing)} is missing")
-    except Exception as error:
-        raise _unreadable(folder, error) from error
+        for file in folder.glob("*.safetensors"):
+            # reads the header, which tells the file's size
+            with safe_open(file, "pt"):
+                pass
+    except (FileNotFoundError, LookupError, TypeError, ValueError, SafetensorError) as error:
+        raise RuntimeError(
+            f"{folder} cannot be read ({_reason(error)}). Delete it, and the run goes on from the "
+            "checkpoint before"
+        ) from error
     return about
-
-
-def _unreadable(folder: Path, error: BaseException) -> RuntimeError:
-    return RuntimeError(
-        f"{folder} cannot be read ({_reason(error)}). Delete it, and the run goes on from the "
-        "checkpoint before"
-    )
 
 
 def _reason(error: BaseException) -> str:

@@ -41,14 +41,13 @@ class ClassFolder(ImageFolder):
         return sorted({key.split("/")[0] for key in self.keys if "/" in key})
 
 
-class _NamesAlone:
-    """In a text encoder's place: the name, which the cache keeps, tells all of a class."""
+class NoText:
+    """In a text encoder's place, where captions are not read."""
 
     max_tokens = channels = 1
 
-    def __init__(self, classes: list[str]) -> None:
-        # a cache is not continued with other classes, which would have other labels
-        self.identity = f"classes {hashlib.sha256(json.dumps(classes).encode()).hexdigest()}"
+    def __init__(self, identity: str) -> None:
+        self.identity = identity
 
     def encode(self, captions: list[str]) -> tuple[Tensor, Tensor]:
         return torch.zeros(len(captions), 1, 1), torch.zeros(len(captions), 1, dtype=torch.bool)
@@ -56,7 +55,7 @@ class _NamesAlone:
     def encode_null(self) -> tuple[Tensor, Tensor]:
         return torch.zeros(1, 1), torch.zeros(1, dtype=torch.bool)
 
-    def to(self, device: torch.device) -> _NamesAlone:
+    def to(self, device: torch.device) -> NoText:
         return self
 
 
@@ -78,10 +77,12 @@ def encode_classes(data: Data, config: PixArtConfig, device: torch.device) -> No
     same_source(data)
     if (data.features / CLASSES).is_file() and is_encoded(source, data):
         return
+    digest = hashlib.sha256(json.dumps(classes).encode()).hexdigest()
     encode_dataset(
         source,
         vae,
-        cast(TextEncoder, _NamesAlone(classes)),
+        # a cache is not continued with other classes, which would have other labels
+        cast(TextEncoder, NoText(f"classes {digest}")),
         data.features,
         device=device,
         max_bad_fraction=data.max_bad_fraction,

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 from pixart.model import Block, PixArt
@@ -36,9 +36,10 @@ class Processes:
         self.streams = self.count // parallel.sequence
         self.stream = self.rank // parallel.sequence
         # on the host, so that agreeing does not wait for a GPU; a group of its own for what is
-        # saved in another thread meanwhile
-        self.agreeing = dist.new_group(backend="gloo") if self.count > 1 else None
-        self.saving = dist.new_group(backend="gloo") if self.count > 1 else None
+        # saved in another thread meanwhile. Also of one process: its default may be nccl alone
+        together = dist.is_initialized()
+        self.agreeing = dist.new_group(backend="gloo") if together else None
+        self.saving = dist.new_group(backend="gloo") if together else None
 
     @property
     def sharded(self) -> bool:
@@ -71,16 +72,23 @@ def share_tokens(module: nn.Module, processes: int) -> None:
 warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view")
 
 
-def shard(module: nn.Module, device: torch.device) -> None:
+def shard(module: nn.Module, device: torch.device, mixed_precision: str) -> None:
     """Shares the weights out over all processes with FSDP2, in place; parameter names stay.
 
     Each PixArt block is gathered when it runs, and what is left with the whole module.
     """
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
+    # a block is gathered in the type that autocast would give it, as autocast keeps its copies
+    # until the backward. What is left stays float32, and with it the residual stream
+    policy = MixedPrecisionPolicy(
+        param_dtype=torch.bfloat16 if mixed_precision == "bf16" else None,
+        reduce_dtype=torch.float32,
+        cast_forward_inputs=False,
+    )
     for block in list(module.modules()):
         if isinstance(block, Block):
             block.register_forward_hook(_lend_modulation)
-            fully_shard(block, mesh=mesh)
+            fully_shard(block, mesh=mesh, mp_policy=policy)
     fully_shard(module, mesh=mesh)
 
 

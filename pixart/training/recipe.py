@@ -95,7 +95,7 @@ class Run(Section):
     """What every training run has, whatever it trains."""
 
     output: Path
-    seed: Count = 0
+    seed: int = Field(default=0, ge=0, lt=2**32)
     steps: Positive
     batch_size: Positive = Field(description="samples per process and optimiser micro-step")
     gradient_accumulation: Positive = 1
@@ -234,6 +234,16 @@ class Distill(Section):
     huber_c: Rate = 1e-3
 
 
+class Control(Section):
+    """A ControlNet for a frozen model (PixArt-delta, arXiv:2401.05252, section 4)."""
+
+    features: Path = Field(description="cache of the control images' latents")
+    images: Path | None = Field(
+        default=None, description="folder of images named and sized as those of data.images"
+    )
+    copies: Positive = Field(default=13, description="how many of the first blocks are copied")
+
+
 class TrainRecipe(Run):
     """Text to image: ``pixart train``."""
 
@@ -251,6 +261,7 @@ class TrainRecipe(Run):
     lora: Lora | None = None
     prior: Prior | None = None
     distill: Distill | None = None
+    control: Control | None = None
 
     @field_validator("model")
     @classmethod
@@ -268,26 +279,34 @@ class TrainRecipe(Run):
         _model_config(model)
         return model
 
-    @field_validator("lora", "prior", "distill")
+    @field_validator("lora", "prior", "distill", "control")
     @classmethod
     def _of_text(cls, section: Section | None, info: ValidationInfo) -> Section | None:
         model = info.data.get("model")
-        if section is not None and model is not None:
-            if _model_config(model).conditioning == "class":
-                raise ValueError("a class model has none")
-            if info.field_name == "distill" and "init" not in model:
-                raise ValueError("should come with model.init, the teacher")
+        if section and model and _model_config(model).conditioning == "class":
+            raise ValueError("a class model has none")
         return section
 
-    @field_validator("distill")
+    @field_validator("distill", "control")
     @classmethod
-    def _alone(cls, distill: Distill | None, info: ValidationInfo) -> Distill | None:
-        if distill is not None and info.data.get("prior") is not None:
-            raise ValueError("goes without prior, which weights another loss")
+    def _alone(cls, section: Section | None, info: ValidationInfo) -> Section | None:
+        if section is None:
+            return None
+        others = {"distill": ["prior"], "control": ["lora", "prior", "distill"]}
+        for other in others[str(info.field_name)]:
+            if info.data.get(other) is not None:
+                raise ValueError(f"goes without {other}")
+        if "init" not in info.data.get("model", {"init": ""}):
+            raise ValueError("should come with model.init, the model that teaches or is controlled")
         parallel = info.data.get("parallel")
-        if distill is not None and parallel is not None and parallel.strategy == "fsdp":
+        if parallel is not None and parallel.strategy == "fsdp":
             raise ValueError("goes with parallel.strategy ddp, not with fsdp")
-        return distill
+        if parallel is not None and parallel.sequence > 1:
+            raise ValueError("goes with parallel.sequence 1")
+        samples = info.data.get("samples")
+        if info.field_name == "control" and samples is not None and samples.prompts:
+            raise ValueError("goes without samples.prompts: draw with pixart generate --control")
+        return section
 
     @property
     def config(self) -> PixArtConfig:

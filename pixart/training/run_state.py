@@ -6,6 +6,7 @@ import json
 import platform
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from contextlib import suppress
@@ -24,7 +25,7 @@ from pixart.training.recipe import Run
 # so may `steps` where the learning rate does not hang on them
 FREE_TO_CHANGE = frozenset(
     ("output", "workers", "log_every", "checkpoint_every", "keep_checkpoints", "keep_every",
-     "parallel", "samples", "samples_every")
+     "parallel", "gradient_checkpointing", "samples", "samples_every")
 )  # fmt: skip
 
 
@@ -66,6 +67,9 @@ class RunFolder:
                     f"{self.folder} holds a run of another recipe:\n" + "\n".join(changed) +
                     "\nGive a new `output`, or delete that folder to start again."
                 )  # fmt: skip
+        # of a checkpoint that a killed run was writing or dropping
+        for leftover in self.checkpoints.glob(".step-*"):
+            shutil.rmtree(leftover)
         write_atomically(file, lambda f: f.write(yaml.safe_dump(values, sort_keys=False).encode()))
 
     def record_start(self, step: int, processes: int, device: torch.device) -> None:

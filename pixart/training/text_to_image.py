@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from accelerate import PartialState
@@ -104,21 +105,23 @@ class TextToImage:
     def __init__(self, recipe: TrainRecipe, device: torch.device) -> None:
         self.recipe, self.device = recipe, device
         config = recipe.config
-        with PartialState().main_process_first():
+        processes = PartialState()
+        # there is nothing for the others: what could not be encoded would be tried by each again
+        if processes.is_main_process:
             self._encode()
+        processes.wait_for_everyone()
         self.features = FeatureCache(recipe.data.features)
         self._check_features()
         self.dataset: Dataset = self.features
+        self.keys = self.features.keys()
         # shapes of the latents
         self.buckets = self.features.latent_shapes()
         if recipe.prior is not None:
-            rows = balanced(self.features.keys(), recipe.prior)
+            rows = balanced(self.keys, recipe.prior)
             self.dataset = Subset(self.features, rows)
+            self.keys = [self.keys[row] for row in rows]
             self.buckets = [self.buckets[row] for row in rows]
-        self.module = self._model().to(device)
-        if recipe.lora is not None:
-            add_lora(self.module, recipe.lora)
-        self.module.gradient_checkpointing = recipe.gradient_checkpointing
+        self.module = self._module().to(device)
         self.schedule = NoiseSchedule()
         self.objective = Objective(self.schedule, config.learn_sigma, recipe.min_snr_gamma)
         self.preview_every = recipe.samples.every if recipe.samples.prompts else 0
@@ -130,6 +133,14 @@ class TextToImage:
         if config.conditioning == "class":
             raise ValueError("model.conditioning: a class model has no captions to train on")
         encode_images(self.recipe.data, config, self.device)
+
+    def _module(self) -> nn.Module:
+        """What is trained, and what is frozen about it."""
+        model = self._model()
+        model.gradient_checkpointing = self.recipe.gradient_checkpointing
+        if self.recipe.lora is not None:
+            add_lora(model, self.recipe.lora)
+        return model
 
     def _model(self) -> PixArt:
         recipe, null = self.recipe, self.features.null_caption
@@ -181,14 +192,14 @@ class TextToImage:
             self.schedule.add_noise(latents, noise, t),
             t,
             *self._condition(batch),
-            **self._micro(batch),
+            **self._keywords(batch),
         )
         terms = self.objective(output, latents, noise, t)
         weight = batch.get("weight", 1)
         return {name: (weight * term).mean() for name, term in terms.items()}
 
-    def _micro(self, batch: dict[str, Any]) -> dict[str, Tensor]:
-        """Micro-conditions, where the model takes some."""
+    def _keywords(self, batch: dict[str, Any]) -> dict[str, Tensor]:
+        """What else the model is told: micro-conditions, where it takes some."""
         if not self.recipe.config.micro_conditioning:
             return {}
         size, (*_, height, width) = batch["image_size"], batch["latent_mean"].shape
@@ -208,7 +219,9 @@ class TextToImage:
             data.text_encoder, max_tokens=self.recipe.config.max_caption_tokens, device=self.device
         )
         # encoded now, so that the encoder, often the largest model of all, can go
-        self._prompts = PixArtPipeline(self.module, self._vae, encoder).encode(samples.prompts)
+        self._prompts = PixArtPipeline(cast(PixArt, self.module), self._vae, encoder).encode(
+            samples.prompts
+        )
 
     def preview(self, module: nn.Module) -> Image.Image:
         assert isinstance(module, PixArt)
@@ -236,8 +249,8 @@ class TextToImage:
         data = self.recipe.data
         if data.vae is not None and data.text_encoder is not None:
             parts: dict[str, Any] = {
-                "vae": _absolute(data.vae),
-                "text_encoder": _absolute(data.text_encoder),
+                "vae": _where(data.vae, final),
+                "text_encoder": _where(data.text_encoder, final),
                 "guidance_scale": self.recipe.samples.guidance_scale,
             }
             if self.recipe.distill is not None:
@@ -246,5 +259,10 @@ class TextToImage:
         finish_folder(final)
 
 
-def _absolute(name: str) -> str:
-    return str(Path(name).resolve()) if Path(name).exists() else name
+def _where(name: str, pipeline: Path) -> str:
+    """What lies in the run's folder or beside that one moves with the pipeline."""
+    if not Path(name).exists():
+        return name
+    path, pipeline = Path(name).resolve(), pipeline.resolve()
+    near = path.is_relative_to(pipeline.parents[1])
+    return os.path.relpath(path, pipeline) if near else str(path)

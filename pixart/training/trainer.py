@@ -9,6 +9,7 @@ also on another number of processes.
 from __future__ import annotations
 
 import copy
+import hashlib
 import math
 import os
 import resource
@@ -50,6 +51,8 @@ from pixart.training.run_state import RunFolder
 
 # a loss so many times the highest of the first logged ones does not come back
 DIVERGED, FIRST_LOSSES = 10, 10
+# seconds in which signals are one wish: torchrun passes on what Slurm or a terminal sent already
+ONE_WISH = 5.0
 
 
 class Task(Protocol):
@@ -64,6 +67,11 @@ class Task(Protocol):
     @property
     def buckets(self) -> Sequence[Hashable]:
         """Of each sample in ``dataset``; the samples of a batch are of one bucket."""
+        ...
+
+    @property
+    def keys(self) -> Sequence[str]:
+        """Names of the samples in ``dataset``; a run goes on with the same ones alone."""
         ...
 
     averages: dict[str, Tensor] | None
@@ -112,11 +120,12 @@ def train(recipe: Run, make_task: Callable[[torch.device], Task]) -> RunFolder:
         The run's folder. The averaged weights are exported into it.
 
     Raises:
-        ValueError: the folder holds a run of another recipe, or the number of processes does not
-            suit the run.
+        ValueError: the folder holds a run of another recipe or other data, or the number of
+            processes does not suit the run.
         RuntimeError: the loss is not finite or grows without end, a process that reads data died,
             or a checkpoint cannot be read or written; says what to do.
-        SystemExit: SIGTERM or SIGINT came, and the run was saved. A second one ends it at once.
+        SystemExit: SIGTERM or SIGINT came, and the run was saved. One that comes seconds later ends
+            it at once.
     """
     accelerator = Accelerator(
         mixed_precision=recipe.mixed_precision,
@@ -146,12 +155,20 @@ def train(recipe: Run, make_task: Callable[[torch.device], Task]) -> RunFolder:
 
     set_seed(recipe.seed)
     task = make_task(accelerator.device)
+    data = {"samples": len(task.keys), "digest": _digest(task)}
+    if about.get("data", data) != data:
+        raise ValueError(
+            f"{recipe.output} was trained on other data: {about['data']['samples']} samples, of "
+            f"which some had other names, sizes or another order than the {len(task.keys)} there "
+            "are now. Bring those back, or give a new output, with model.init to start from what "
+            "was trained"
+        )
     # weights that were loaded, and not drawn, come in evaluation mode
     task.module.train()
     bare = _without_weights(task.module)
     share_tokens(task.module, recipe.parallel.sequence)
     if processes.sharded:
-        shard(task.module, accelerator.device)
+        shard(task.module, accelerator.device, recipe.mixed_precision)
     ema = None if recipe.ema_decay is None else EMA(task.module, recipe.ema_decay)
     task.averages = None if ema is None else ema.averages
     optimizer = make_optimizer(
@@ -171,7 +188,7 @@ def train(recipe: Run, make_task: Callable[[torch.device], Task]) -> RunFolder:
     processes.wait()
     accelerator.init_trackers("tensorboard", init_kwargs={"tensorboard": {"purge_step": start + 1}})
 
-    loop = _Loop(recipe, accelerator, processes, run, task, bare, checkpoints, start, batches)
+    loop = _Loop(recipe, accelerator, processes, run, task, bare, checkpoints, start, batches, data)
     progress = _progress(processes.rank == 0)
     with checkpoints, progress, _signals() as received, loop.explaining():
         bar = progress.add_task(recipe.output.name, total=recipe.steps, completed=start, note="")
@@ -227,15 +244,17 @@ class _Loop:
         checkpoints: Checkpoints,
         start: int,
         batches: int,
+        data: dict[str, Any],
     ) -> None:
         self.recipe, self.accelerator, self.processes = recipe, accelerator, processes
         self.run, self.task, self.bare = run, task, bare
-        self.checkpoints, self.batches = checkpoints, batches
-        self.optimizer = accelerator.prepare_optimizer(checkpoints.optimizer)
+        self.checkpoints, self.batches, self.data = checkpoints, batches, data
         for group in checkpoints.optimizer.param_groups:
             group["initial_lr"] = group["lr"]
         rate = learning_rate(recipe.schedule, recipe.steps)
         self.schedule = LambdaLR(checkpoints.optimizer, rate, last_epoch=start - 1)
+        # after the schedule: each wraps the optimiser's step, and accelerate puts back what it met
+        self.optimizer = accelerator.prepare_optimizer(checkpoints.optimizer)
         # FSDP's hooks are on the module itself
         self.module = accelerator.prepare_model(task.module, evaluation_mode=processes.sharded)
         self.loader = _batches(task, recipe, processes, accelerator.device, start * batches)
@@ -250,12 +269,14 @@ class _Loop:
         """Moves the weights; False, and nothing done, where a process was told to stop."""
         self.checkpoints.poll()
         recipe, processes = self.recipe, self.processes
+        # before the data, whose processes may have been told as well
+        (stopping,) = processes.total(stop)
+        if stopping:
+            return False
         count = self.batches // processes.streams
         batches = self._fetch(count)
         sizes = [_samples(batch) for batch in batches]
-        samples, stopping = processes.total(sum(sizes), stop)
-        if stopping:
-            return False
+        (samples,) = processes.total(sum(sizes))
         for k, (batch, size) in enumerate(zip(batches, sizes, strict=True)):
             seed_batch(recipe.seed, ((step - 1) * count + k) * processes.streams + processes.stream)
             # gradients become their mean over the processes
@@ -338,7 +359,10 @@ class _Loop:
 
     @contextmanager
     def explaining(self) -> Iterator[None]:
-        """Says more of what torch raises, wherever this process is, when a loader's one dies."""
+        """Says more of what torch raises, wherever this process is, when a loader's one dies.
+
+        Ends the loader's processes: at exit Python would wait for what ignores its SIGTERM.
+        """
         try:
             yield
         except RuntimeError as error:
@@ -348,6 +372,9 @@ class _Loop:
                 f"a process that reads data died: {error} {self._kept()}. If memory ran out, "
                 "lower workers; then run the same command again"
             ) from error
+        finally:
+            if self.recipe.workers:
+                self.loader._shutdown_workers()
 
     def _diverged(self, what: str) -> RuntimeError:
         return RuntimeError(
@@ -362,6 +389,9 @@ class _Loop:
 
     def stop(self, step: int, number: int) -> NoReturn:
         """Saves what ``step`` left, if it is not saved yet, and ends the process."""
+        if self._sums:
+            # no other run would have them
+            self.log(step)
         if step > self._saved:
             self.checkpoint(step)
         name, kept = signal.Signals(number).name, self._kept()
@@ -378,8 +408,8 @@ class _Loop:
         # before the checkpoint counts, so that none is without its export
         self.export()
         scaler = self.accelerator.scaler
-        about = {"batches": self.batches, "scaler": scaler and scaler.state_dict()}
-        self.checkpoints.save(step, about)
+        about = {"batches": self.batches, "data": self.data}
+        self.checkpoints.save(step, about | {"scaler": scaler and scaler.state_dict()})
         self._saved = step
 
     def export(self) -> None:
@@ -427,7 +457,7 @@ def _without_weights(module: nn.Module) -> nn.Module:
 
 def _batches(
     task: Task, recipe: Run, processes: Processes, device: torch.device, start: int
-) -> Iterator[dict[str, Any]]:
+) -> Any:
     stream = BatchStream(
         task.buckets,
         recipe.batch_size,
@@ -445,8 +475,23 @@ def _batches(
             pin_memory=device.type == "cuda",
             # the loader seeds its workers from this; the global RNG belongs to the noise
             generator=torch.Generator().manual_seed(recipe.seed),
+            worker_init_fn=_leave_signals,
         )
     )
+
+
+def _leave_signals(_worker: int) -> None:
+    """To the process that trains: a terminal tells all, and without its data that one is lost."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
+
+
+def _digest(task: Task) -> str:
+    """Of all that says which samples a batch has."""
+    digest = hashlib.sha256()
+    for sample in zip(task.keys, task.buckets, strict=True):
+        digest.update(repr(sample).encode())
+    return digest.hexdigest()
 
 
 def _samples(batch: dict[str, Any]) -> int:
@@ -460,7 +505,7 @@ def _peak_flops(device: torch.device, mixed_precision: str) -> float | None:
 
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
     for known in DEVICES.values():
-        if known.name.split()[1] in name:
+        if known.driver_name == name:
             return 1e12 * (known.float32_tflops if mixed_precision == "no" else known.tflops)
     return None
 
@@ -475,16 +520,20 @@ def _peak_memory(device: torch.device) -> int:
 
 @contextmanager
 def _signals() -> Iterator[list[int]]:
-    """Takes SIGTERM and SIGINT as a wish to stop after the step; the second one stops at once."""
+    """Takes SIGTERM and SIGINT as a wish to stop after the step; a later one stops at once."""
     received: list[int] = []
+    first = 0.0
     if threading.current_thread() is not threading.main_thread():
         yield received
         return
 
     def note(number: int, _frame: Any) -> None:
+        nonlocal first
         received.append(number)
-        for each, handler in before.items():
-            signal.signal(each, handler)
+        first = first or time.monotonic()
+        if time.monotonic() - first > ONE_WISH:
+            signal.signal(number, before[signal.Signals(number)])
+            signal.raise_signal(number)
 
     before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
     try:

@@ -7,6 +7,7 @@ import ipaddress
 import re
 import secrets
 from http import HTTPStatus
+from urllib.parse import parse_qs
 
 from starlette.datastructures import MutableHeaders
 from starlette.requests import Request
@@ -49,8 +50,9 @@ class Gate:
     """ASGI middleware that lets through what may pass, and answers the rest in one sentence.
 
     With a token, a request carries it as ``Authorization: Bearer ...``, or a browser its cookie,
-    which it gets for ``/?token=...``. Without one, only addresses of this machine are served, so
-    that no site can reach the page under a name of its own. No other site's page may call at all.
+    which it gets for ``/?token=...`` or a form. Without one, only addresses of this machine are
+    served, so that no site can reach the page under a name of its own. No other site's page may
+    call at all.
 
     Args:
         token: None where the server listens on loopback.
@@ -77,48 +79,60 @@ class Gate:
                 headers["X-Content-Type-Options"] = "nosniff"
             await send(message)
 
-        answer = self._check(Request(scope)) or self.app
+        answer = await self._check(Request(scope, receive)) or self.app
         await answer(scope, receive, send_with_policy)
 
-    def _check(self, request: Request) -> Response | None:
+    async def _check(self, request: Request) -> Response | None:
         host, origin = request.headers.get("host", ""), request.headers.get("origin")
         if origin is not None and origin.partition("://")[2] != host:
             return problem(403, f"pages of {origin} may not call this server")
+        # chunks have no length, and stand above one that is sent beside them
+        length = request.headers.get("content-length", "0")
+        if "transfer-encoding" in request.headers or not length.isdecimal():
+            return problem(411, "the body's length is missing: send Content-Length, and no chunks")
+        if len(length) > 9 or int(length) > self.max_body:
+            return problem(413, f"the body has {length} bytes; accepted: up to {self.max_body}")
         if self.token is None:
             if not is_loopback(re.sub(r":\d*$", "", host).strip("[]")):
                 return problem(403, f"{host} is not this machine: start the server with --token")
-        elif (answer := self._check_token(request, self.token)) is not None:
+        elif (answer := await self._check_token(request, self.token)) is not None:
             return answer
         path = request.url.path
         if path not in ADDRESSES and not path.startswith(FOLDERS):
             return problem(404, f"{path} is not here")
-        if request.method == "POST":
-            length = request.headers.get("content-length", "")
-            if not length.isdecimal():
-                return problem(411, "the body's length is missing: send Content-Length")
-            if int(length) > self.max_body:
-                return problem(413, f"the body has {length} bytes; accepted: up to {self.max_body}")
+        if path == "/api/generate" and request.method != "POST":
+            return problem(405, f"{path} takes POST, not {request.method}")
         return None
 
-    def _check_token(self, request: Request, token: str) -> Response | None:
-        if _same(request.cookies.get(COOKIE, ""), self._cookie):
+    async def _check_token(self, request: Request, token: str) -> Response | None:
+        at_page = request.url.path == "/"
+        form = at_page and request.method == "POST"
+        # browsers send a name's cookies to all of its ports
+        port = re.search(r":(\d+)$", request.headers.get("host", ""))
+        cookie = COOKIE if port is None else f"{COOKIE}-{port[1]}"
+        if not form and _same(request.cookies.get(cookie, ""), self._cookie):
             return None
         scheme, _, bearer = request.headers.get("authorization", "").partition(" ")
         shown = bearer.strip() if scheme.lower() == "bearer" else ""
-        asks_for_page = request.url.path == "/" and request.method == "GET"
-        if asks_for_page:
-            shown = shown or request.query_params.get("token", "")
+        link = at_page and request.method == "GET" and "token" in request.query_params
+        if form:
+            shown = parse_qs((await request.body()).decode(errors="replace")).get("token", [""])[0]
+        elif link:
+            shown = shown or request.query_params["token"]
+        # before it is compared: else the limit would not slow down who guesses
+        if shown and (wait := self._wrong.wait(_client(request))):
+            return problem(429, "too many wrong tokens; try again later", wait)
         if _same(shown, token):
-            if "token" not in request.query_params:
+            if not (form or link):
                 return None
             # away from the address bar, and from what is copied out of it
             answer: Response = RedirectResponse("./", 303)
-            answer.set_cookie(COOKIE, self._cookie, httponly=True, samesite="lax")
+            answer.set_cookie(cookie, self._cookie, httponly=True, samesite="lax")
             return answer
-        if shown and (wait := self._wrong.wait(_client(request))):
-            return problem(429, "too many wrong tokens; try again later", wait)
+        if shown:
+            self._wrong.count(_client(request))
         why = "the token is wrong" if shown else "a token is needed"
-        if asks_for_page and "text/html" in request.headers.get("accept", ""):
+        if at_page and "text/html" in request.headers.get("accept", ""):
             return HTMLResponse(_ASK_FOR_TOKEN.format(why=html.escape(why)), 401)
         answer = problem(401, f"{why}: send Authorization: Bearer TOKEN")
         answer.headers["WWW-Authenticate"] = "Bearer"
@@ -149,7 +163,7 @@ body {{ font: 16px/1.5 system-ui, sans-serif; display: grid; place-items: center
 form {{ display: grid; gap: .6rem; width: min(20rem, 90vw) }}
 input, button {{ font: inherit; padding: .5rem .7rem }}
 </style></head>
-<body><form action="./" method="get">
+<body><form action="./" method="post">
 <label for="token">PixArt: {why}</label>
 <input id="token" name="token" type="password" autocomplete="current-password" required autofocus>
 <button>Open</button>

@@ -23,7 +23,7 @@ def build(studio: Studio, token: str | None) -> Gate:
     async def generate(request: Request) -> Response:
         try:
             asked = json.loads(await request.body())
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             return problem(400, f"the body is not JSON: {error}")
         try:
             job = studio.submit(asked, request.client.host if request.client else "")
@@ -40,7 +40,10 @@ def build(studio: Studio, token: str | None) -> Gate:
                 return problem(503, "the server is closing")
             if (failure := job.future.exception()) is not None:
                 return problem(422 if isinstance(failure, ValueError) else 500, page.told(failure))
-            return Response(job.future.result().read_bytes(), media_type="image/png")
+            png = Response(job.future.result().read_bytes(), media_type="image/png")
+            if job.notes:
+                png.headers["PixArt-Notes"] = json.dumps(job.notes)
+            return png
         finally:
             studio.drop(job)
 

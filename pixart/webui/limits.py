@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ipaddress
 import reprlib
 import secrets
 import time
@@ -89,24 +90,34 @@ class Limits:
 
 
 class Rate:
-    """At most ``per_minute`` in any minute for each client."""
+    """At most ``per_minute`` in any minute for each client: an address, or a /64 of IPv6."""
 
     def __init__(self, per_minute: int) -> None:
         self.per_minute = per_minute
         self._times: dict[str, deque[float]] = {}
 
     def wait(self, client: str) -> float:
-        """Seconds until ``client`` may go on; 0 is now, and counts."""
-        minute_ago = time.monotonic() - 60
-        self._times = {who: times for who, times in self._times.items() if times[-1] > minute_ago}
-        times = self._times.get(client, deque())
-        while times and times[0] <= minute_ago:
-            times.popleft()
-        if len(times) >= self.per_minute:
-            return times[0] - minute_ago
-        times.append(minute_ago + 60)
-        self._times[client] = times
-        return 0
+        """Seconds until ``client`` may go on; 0: now."""
+        times = self._times.get(_network(client), deque())
+        if len(times) < self.per_minute:
+            return 0
+        return max(0.0, times[0] + 60 - time.monotonic())
+
+    def count(self, client: str) -> None:
+        """``client`` went on."""
+        now = time.monotonic()
+        self._times = {who: times for who, times in self._times.items() if times[-1] > now - 60}
+        newest = deque[float](maxlen=self.per_minute)
+        self._times.setdefault(_network(client), newest).append(now)
+
+
+def _network(client: str) -> str:
+    """What one household has of IPv6 addresses is one client."""
+    try:
+        address = ipaddress.ip_address(client)
+    except ValueError:
+        return client
+    return client if address.version == 4 else f"{int(address) >> 64:x}::/64"
 
 
 def random_seed() -> int:

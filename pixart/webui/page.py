@@ -183,7 +183,12 @@ def build(studio: Studio) -> gr.Blocks:
                 status_out = gr.HTML("", elem_id="status", apply_default_css=False)
             gallery_out = gr.HTML("", elem_id="gallery", apply_default_css=False)
 
-        size_in.change(lambda size: gr.update(visible=size == EXACT), size_in, exact_row)
+        size_in.change(
+            lambda size: gr.update(visible=size == EXACT),
+            size_in,
+            exact_row,
+            api_visibility="private",
+        )
         gr.on(
             [draw_button.click, prompt_in.submit],
             draw,

@@ -10,11 +10,9 @@ import secrets
 import shutil
 import threading
 import time
-import warnings
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +35,8 @@ PREVIEW_SIDE = 32
 PREVIEW_SHARE = 0.1
 # on the disk, of all visits together
 KEPT_PICTURES = 500
+# characters of lost words: proxies take only so much in a header
+LOST_WORDS = 100
 
 
 class Cancelled(Exception):
@@ -51,7 +51,7 @@ class Job:
         future: the PNG's path. It raises ``Cancelled``, or ``CancelledError`` before the start.
         done: share of the steps.
         preview: a data URL of what it is becoming, or None.
-        notes: warnings on the way, such as that of a prompt that was cut.
+        notes: what to tell with the picture: words that the model does not read.
     """
 
     def __init__(self, picture: pictures.Picture, folder: Path) -> None:
@@ -63,7 +63,9 @@ class Job:
         self.cancelled = False
 
     def cancel(self) -> None:
-        """Ends it: at once if it waits, else before the next step."""
+        """Ends it, unless it is finished: at once if it waits, else before the next step."""
+        if self.future.done():
+            return
         self.cancelled = True
         self.future.cancel()
 
@@ -103,8 +105,6 @@ class Studio:
         self._lock = threading.Lock()
         self._jobs: list[Job] = []
         self._kept: deque[Job] = deque()
-        # an encoder warns of the same prompt once
-        self._notes: dict[tuple[str, str], list[str]] = {}
 
     def submit(self, asked: Any, client: str) -> Job:
         """Puts a picture in line.
@@ -125,11 +125,18 @@ class Studio:
                     429,
                     wait,
                 )
+            self._rate.count(client)
             # a name that nobody else guesses
             job = Job(picture, self.folder / secrets.token_urlsafe(16))
             self._jobs.append(job)
             job.future = self._thread.submit(self._draw, job)
-        job.future.add_done_callback(lambda _: self._finish(job))
+
+        def leave(future: Future[Path]) -> None:
+            # else `_draw` did it, before anybody knew that the picture is finished
+            if future.cancelled():
+                self._jobs.remove(job)
+
+        job.future.add_done_callback(leave)
         return job
 
     def ahead(self, job: Job) -> int:
@@ -168,15 +175,11 @@ class Studio:
 
     def close(self) -> None:
         """Ends all that is drawn or waits."""
-        for job in list(self._jobs):
+        with self._lock:
+            jobs = list(self._jobs)
+        for job in jobs:
             job.cancel()
         self._thread.shutdown()
-
-    def _finish(self, job: Job) -> None:
-        self._jobs.remove(job)
-        # it may have come too late to stop the picture
-        if job.cancelled:
-            self.forget(job)
 
     def _draw(self, job: Job) -> Path:
         previews = Previews(self.pipeline.vae)
@@ -186,45 +189,35 @@ class Studio:
             if image is not None:
                 job.preview = data_url(image)
 
-        words = job.picture.prompt, job.picture.negative_prompt
-        job.notes += self._notes.get(words, [])
         try:
-            with _warnings_to(job.notes):
-                (path,) = pictures.draw(
-                    self.pipeline,
-                    [job.picture],
-                    job.folder,
-                    note=self.note,
-                    callback=job.progress,
-                    preview=preview,
-                )
+            job.notes = self._lost_words(job.picture)
+            (path,) = pictures.draw(
+                self.pipeline,
+                [job.picture],
+                job.folder,
+                note=self.note,
+                callback=job.progress,
+                preview=preview,
+            )
         except Exception as error:
             if not isinstance(error, Cancelled):
                 log.exception("drawing %s failed", job.picture)
             raise
-        if job.notes:
-            if len(self._notes) == KEPT_PICTURES:
-                self._notes.clear()
-            self._notes[words] = job.notes
+        finally:
+            self._jobs.remove(job)
+            # it may have come too late to stop the picture
+            if job.cancelled:
+                self.forget(job)
         return path
 
-
-@contextmanager
-def _warnings_to(notes: list[str]) -> Iterator[None]:
-    """Adds what this thread warns of, and no other, to ``notes``."""
-    thread = threading.get_ident()
-    show = warnings.showwarning
-
-    def note(message: Warning | str, category: type[Warning], *where: Any, **to: Any) -> None:
-        if threading.get_ident() == thread and issubclass(category, UserWarning):
-            notes.append(str(message))
-        show(message, category, *where, **to)
-
-    warnings.showwarning = note
-    try:
-        yield
-    finally:
-        warnings.showwarning = show
+    def _lost_words(self, picture: pictures.Picture) -> list[str]:
+        encoder, notes = self.pipeline.text_encoder, []
+        for name in ("prompt", "negative_prompt"):
+            lost = "" if encoder is None else encoder.lost_words(getattr(picture, name))
+            if lost:
+                shown = lost if len(lost) <= LOST_WORDS else f"{lost[:LOST_WORDS]}…"
+                notes.append(f"the {name.replace('_', ' ')} is too long; not read: “{shown}”")
+        return notes
 
 
 class Previews:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-import socket
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from torch.distributed import TCPStore
 
 # forks processes that have imported everything already
 _server = multiprocessing.get_context("forkserver")
@@ -23,9 +23,9 @@ class Apart:
 
     def __init__(self, work: Work, *arguments: object, output: Path, processes: int = 1) -> None:
         self.output = output
-        with socket.socket() as free:
-            free.bind(("localhost", 0))
-            port = free.getsockname()[1]
+        # kept here, as torchrun's agent keeps it: a free port that is named may be taken by then
+        self._store = TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
+        port = self._store.port
         self.processes = [
             _server.Process(target=_child, args=(work, arguments, output, rank, processes, port))
             for rank in range(processes)
@@ -65,6 +65,7 @@ def _child(
     os.environ |= {
         "ACCELERATE_USE_CPU": "true", "RANK": str(rank), "LOCAL_RANK": str(rank),
         "WORLD_SIZE": str(processes), "MASTER_ADDR": "localhost", "MASTER_PORT": str(port),
+        "TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": "0",
     }  # fmt: skip
     torch.set_num_threads(1)
     output.parent.mkdir(parents=True, exist_ok=True)

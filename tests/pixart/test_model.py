@@ -453,6 +453,21 @@ def test_positions_are_computed_once_per_grid() -> None:
     assert not any("position" in key for key in model.state_dict())
 
 
+def test_positions_kept_are_few(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = PixArt(SMALL)
+    device = torch.device("cpu")
+    monkeypatch.setattr("pixart.model.MAX_CACHED_BYTES", 3 * 24 * SMALL.hidden_size * 4)
+    first = model.position_embedding((4, 6), device)
+    for grid in [(6, 4), (3, 8), (8, 3)]:
+        assert model.position_embedding((4, 6), device) is first or grid == (8, 3)
+        model.position_embedding(grid, device)
+    assert model.position_embedding((4, 6), device) is not first
+    # a graph that is captured needs those that it has just been warmed up with
+    large = model.position_embedding((40, 40), device)
+    assert model.position_embedding((40, 40), device) is large
+    assert len(model._positions) == 1
+
+
 def test_bf16_keeps_timesteps_apart() -> None:
     model = randomized(SMALL).to(torch.bfloat16)
     # 871 and 872 are the same number in bf16

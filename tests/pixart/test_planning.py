@@ -17,6 +17,7 @@ from pixart.cli import app
 from pixart.planning import DEVICES, EFFICIENCY, Plan, block_sites, floor_seconds, memory, plan
 from pixart.training.recipe import TrainRecipe, check_recipe
 from pixart.training.run_state import RunFolder
+from pixart.training.trainer import _peak_flops
 
 # PixArt-alpha, arXiv:2310.00426, table 4: preset, size, steps, batch a GPU, GPUs, V100-days
 STAGES = {
@@ -215,12 +216,12 @@ def test_what_is_shared_and_what_it_costs() -> None:
     assert found.fits and not replace(found, memory_available=1).fits
 
 
-def run_folder(folder: Path, made: TrainRecipe) -> Path:
+def run_folder(folder: Path, made: TrainRecipe, device: str = "NVIDIA H100 80GB HBM3") -> Path:
     """As a run of two processes leaves it that was started twice, and logged at every tenth."""
     run = RunFolder(folder)
     run.begin(made)
     starts = [
-        {"after_step": after, "processes": count, "device": "NVIDIA H100 80GB HBM3"}
+        {"after_step": after, "processes": count, "device": device}
         for after, count in ((0, 8), (20, 2))
     ]
     (folder / "starts.jsonl").write_text("".join(json.dumps(s) + "\n" for s in starts))
@@ -257,6 +258,38 @@ def test_a_run_of_something_else_says_nothing(
     folder = run_folder(tmp_path / "run", recipe(model={"depth": 2}))
     with pytest.raises(ValueError, match=message):
         plan(recipe(**{"model": {"depth": 2}, **changes}), DEVICES[device], measured=folder)
+
+
+@pytest.mark.parametrize(
+    ("name", "section"),
+    [("lora", {}), ("distill", {}), ("control", {"features": "edges"})],
+    ids=["lora", "distill", "control"],
+)
+def test_what_trains_something_else_is_refused(tmp_path: Path, name: str, section: dict) -> None:
+    model = {"depth": 2, "init": "weights.pth"}
+    made = recipe(model=model, **{name: section})
+    with pytest.raises(ValueError, match=f"the recipe has {name}, which cannot be planned"):
+        plan(made, DEVICES["h100"])
+    with pytest.raises(ValueError, match=f"of another recipe: {name}: "):
+        plan(recipe(model=model), DEVICES["h100"], measured=run_folder(tmp_path / "run", made))
+
+
+@pytest.mark.parametrize(
+    ("name", "tflops"),
+    [("NVIDIA H200", 989), ("NVIDIA GH200 480GB", None), ("NVIDIA H100 80GB HBM3", 989),
+     ("NVIDIA H100 PCIe", None), ("NVIDIA A100-SXM4-80GB", 312)],
+)  # fmt: skip
+def test_devices_are_known_by_their_whole_names(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, tflops: float | None
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: name)
+    assert _peak_flops(torch.device("cuda"), "bf16") == (tflops and 1e12 * tflops)
+    made = recipe(model={"depth": 2})
+    folder = run_folder(tmp_path / "run", made, name)
+    for known in DEVICES.values():
+        if known.driver_name != name:
+            with pytest.raises(ValueError, match=f"was measured on {name}, which is no"):
+                plan(made, known, measured=folder)
 
 
 def test_a_run_that_says_too_little(tmp_path: Path) -> None:

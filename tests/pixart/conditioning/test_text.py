@@ -168,6 +168,9 @@ def test_truncation_names_the_lost_words_once():
     assert messages[0].endswith("lost: 'five  six'")
     assert cut_messages(encoder, [long, long]) == []
     assert len(cut_messages(encoder, [long + " seven"])) == 1
+    # whoever asks is told each time
+    assert [encoder.lost_words(long) for _ in range(2)] == ["five  six"] * 2
+    assert encoder.lost_words("one two three four") == encoder.lost_words("") == ""
     features, _ = encoder.encode([long, "one"])
     assert features.shape[1] == 6
     torch.testing.assert_close(features[:1], encoder.encode(["one two three four"])[0])
@@ -186,6 +189,7 @@ def test_truncation_without_offsets_decodes_the_lost_tokens(minilm, monkeypatch)
     encoder = TextEncoder(minilm.model, minilm.tokenizer, max_tokens=6)
     monkeypatch.setattr(type(encoder.tokenizer), "is_fast", False)
     assert cut_messages(encoder, ["one two three four five six"])[0].endswith("lost: 'five six'")
+    assert encoder.lost_words("one two three four") == ""
 
 
 @pytest.mark.parametrize("layout", ["sentencepiece alone", "saved tokenizer"])

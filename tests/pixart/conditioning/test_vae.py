@@ -221,3 +221,14 @@ def test_wrong_images(wrong, pattern):
 def test_wrong_latents():
     with pytest.raises(ValueError, match=r"shape \(1, 3, 4, 4\); \(B, 4, h, w\)"):
         VAE(tiny_autoencoder()).decode(torch.zeros(1, 3, 4, 4))
+
+
+@pytest.mark.parametrize("upcast", [True, False])
+def test_float16_is_for_those_that_do_not_overflow(tmp_path, upcast):
+    model = tiny_autoencoder(force_upcast=upcast)
+    model.save_pretrained(tmp_path)
+    loaded = VAE.from_pretrained(tmp_path, dtype=torch.float16)
+    assert loaded.dtype == (torch.float32 if upcast else torch.float16)
+    # not rounded on the way
+    expected = model.decoder.conv_in.weight.to(loaded.dtype)
+    assert torch.equal(loaded.model.decoder.conv_in.weight, expected)

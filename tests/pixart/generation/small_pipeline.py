@@ -21,12 +21,16 @@ class Encoder:
     max_tokens = 5
     identity = "words"
 
+    def lost_words(self, text: str) -> str:
+        return " ".join(text.split()[self.max_tokens - 1 :])
+
     def encode(self, texts) -> tuple[Tensor, Tensor]:
-        lengths = torch.tensor([len(text.split()) + 1 for text in texts])
+        read = [[*text.split()[: self.max_tokens - 1], "."] for text in texts]
+        lengths = torch.tensor([len(words) for words in read])
         mask = torch.arange(int(lengths.max())) < lengths[:, None]
         features = torch.zeros(*mask.shape, 6)
-        for row, text in zip(features, texts, strict=True):
-            for i, word in enumerate([*text.split(), "."]):
+        for row, words in zip(features, read, strict=True):
+            for i, word in enumerate(words):
                 row[i] = torch.randn(6, generator=torch.Generator().manual_seed(len(word) * 7 + i))
         return features, mask
 

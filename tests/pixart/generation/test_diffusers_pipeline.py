@@ -162,7 +162,7 @@ def test_a_picture_tells_what_it_was_drawn_with(stock, tmp_path: Path) -> None:
     assert len({recipe["weights"] for recipe in recipes}) == 2
     assert {recipe["guidance_scale"] for recipe in recipes} == {1.0}
     assert sorted((recipe["steps"], recipe.get("loras", [])) for recipe in recipes) == [
-        (2, []), (4, []), (4, [f"{file}:0.5", f"{file}:1"])
+        (2, []), (4, []), (4, ["adapter_model.safetensors:0.5", "adapter_model.safetensors:1"])
     ]  # fmt: skip
 
 

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
-from small_pipeline import small_pipeline
+from small_pipeline import CONFIG, small_pipeline
 from typer.testing import CliRunner
 
+from pixart import PixArt
 from pixart.cli import app
 from pixart.generation import PixArtPipeline
 from pixart.generation.pictures import (
@@ -55,6 +57,11 @@ def test_reads_prompts_one_a_line(tmp_path: Path) -> None:
     file = tmp_path / "prompts.txt"
     file.write_text("\ufeffa cat\n\n  {a} dog, 犬 \r\n", encoding="utf-8")
     assert read_requests(file) == [Request(prompt="a cat"), Request(prompt="{a} dog, 犬")]
+    upper = file.rename(tmp_path / "prompts.JSONL")
+    upper.write_text('{"prompt": "a cat"}')
+    assert read_requests(upper) == [Request(prompt="a cat")]
+    with pytest.raises(ValueError, match=r"p\.json: accepted: \.jsonl"):
+        read_requests(tmp_path / "p.json")
     file.write_text("\n \n")
     with pytest.raises(ValueError, match=r"prompts\.txt holds no prompt"):
         read_requests(file)
@@ -210,13 +217,86 @@ def test_a_source_is_part_of_the_recipe(
     assert len(set(paths)) == len(sources)
     strengths = [recipe_of(path).get("strength") for path in paths]
     assert strengths == [None, 0.6, 0.5, 0.6, 1.0, 1.0]
-    assert [recipe_of(path).get("image_file") for path in paths[:2]] == [None, str(a)]
+    assert [recipe_of(path).get("image_file") for path in paths[:2]] == [None, "a.png"]
     kept = to_pixels(Image.open(paths[4]))[..., 8:]
     assert torch.equal(kept, to_pixels(photo)[..., 8:])
     # what counts is the pixels, not where they are stored
     moved = a.rename(tmp_path / "moved.png")
     again = resolve([Request(prompt="a cat", image=moved)], pipeline, steps=2)
     assert draw(pipeline, again, tmp_path / "out") == [paths[1]]
+
+
+def test_equal_bytes_may_be_other_pixels(tmp_path: Path) -> None:
+    file, digests = tmp_path / "a.png", []
+    plain = Image.frombytes("P", (4, 2), bytes(range(8)))
+    for size, palette in (((4, 2), [1, 2, 3]), ((2, 4), [1, 2, 3]), ((4, 2), [3, 2, 1])):
+        image = Image.frombytes("P", size, plain.tobytes())
+        image.putpalette([*palette] * 8)
+        image.save(file)
+        digests.append(Source(file).recipe()["image"])
+    assert len(set(digests)) == 3
+    # as do the same pixels in another mode
+    Image.open(file).convert("RGB").save(tmp_path / "b.png")
+    assert Source(tmp_path / "b.png").recipe()["image"] == digests[2]
+
+
+def test_images_of_16_bits(tmp_path: Path) -> None:
+    deep = Image.new("I;16", (4, 4), 0x8080)
+    deep.save(tmp_path / "deep.png")
+    image, mask = Source(tmp_path / "deep.png", tmp_path / "deep.png").open()
+    assert (image.getpixel((0, 0)), mask.getpixel((0, 0))) == ((128, 128, 128), 128)
+
+
+def test_images_that_cannot_be_read_are_named(
+    tmp_path: Path, photo: Image.Image, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    photo.save(tmp_path / "whole.png")
+    whole = (tmp_path / "whole.png").read_bytes()
+    for name, data in (("text", b"text"), ("half", whole[: len(whole) // 2])):
+        (tmp_path / name).write_bytes(data)
+    for name in ("text", "half", "gone"):
+        with pytest.raises(ValueError, match=f"{name}: "):
+            Source(tmp_path / name).open()
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    with pytest.raises(ValueError, match=r"whole\.png: .*decompression bomb"):
+        Source(tmp_path / "whole.png").open()
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"sampler": "best"}, "`sampler` is 'best'; accepted: dpm-solver"),
+        ({"steps": 0}, "`steps` is 0; accepted: 1 to 1000"),
+        ({"steps": 1000}, "below 1000"),
+        ({"sampler": "dmd", "steps": 3}, '"dmd" takes 1 step'),
+        ({"guidance_scale": 0.5}, "`guidance_scale` is 0.5; accepted: 1 or more"),
+        ({"guidance_mask": "other", "negative_prompt": "b"}, "`guidance_mask` is 'other'"),
+        ({"seed": 2**63}, "`seed` is 9223372036854775808; accepted: 0 to"),
+        ({"seed": -1}, "`seed` is -1; accepted: 0 to"),
+        ({"source": {"strength": 1.5}}, "`strength` is 1.5; accepted: above 0, to 1"),
+        ({"source": {"mask": "m.png"}}, r"m\.png is 4x4 for an image of 20x12"),
+        ({"source": {}, "sampler": "pndm"}, "'pndm' cannot begin with an image"),
+    ],
+    ids=str,
+)
+def test_no_setting_is_refused_when_others_are_drawn(
+    pipeline: PixArtPipeline, photo: Image.Image, tmp_path: Path, settings: dict, message: str
+) -> None:
+    if (source := settings.get("source")) is not None:
+        photo.save(tmp_path / "a.png")
+        photo.resize((4, 4)).save(tmp_path / "m.png")
+        mask = tmp_path / source["mask"] if "mask" in source else None
+        settings = settings | {"source": Source(tmp_path / "a.png", mask, source.get("strength"))}
+    with pytest.raises(ValueError, match=message):
+        resolve([Request(prompt="a")], pipeline, **settings)
+
+
+def test_a_model_without_variance_has_no_iddpm() -> None:
+    pipeline = small_pipeline()
+    config = dataclasses.replace(CONFIG, learn_sigma=False)
+    plain = PixArtPipeline(PixArt(config), pipeline.vae, None)
+    with pytest.raises(ValueError, match='`sampler` is "iddpm"; accepted'):
+        resolve([Request(prompt="a")], plain, sampler="iddpm")
 
 
 def test_a_request_may_have_its_own_image(
@@ -291,7 +371,7 @@ def test_the_command_draws_a_file_and_its_arguments(
     file.write_text('{"prompt": "dog", "aspect_ratio": "9:16"}')
     photo.save(tmp_path / "photo.png")
     code, said, error = generate(
-        "folder", "a cat", "--prompts", file, "-o", out, "--steps", 2, "--seed", 4,
+        tmp_path / "folder", "a cat", "--prompts", file, "-o", out, "--steps", 2, "--seed", 4,
         "--image", tmp_path / "photo.png", "--strength", 0.5, "--sampler", "ddim",
         "--device", "cpu",
     )  # fmt: skip
@@ -302,7 +382,9 @@ def test_the_command_draws_a_file_and_its_arguments(
     assert (cat["prompt"], cat["seed"], cat["height"], cat["width"]) == ("a cat", 4, 12, 20)
     assert (dog["prompt"], dog["seed"], dog["height"], dog["width"]) == ("dog", 5, 20, 12)
     assert (cat["sampler"], cat["strength"], cat["model"]) == ("ddim", 0.5, "folder")
-    assert cat["image_file"] == str(tmp_path / "photo.png")
+    assert cat["image_file"] == "photo.png"
+    # nothing tells where on this machine they were drawn
+    assert str(tmp_path) not in json.dumps([cat, dog])
 
 
 @pytest.mark.parametrize(
@@ -312,6 +394,11 @@ def test_the_command_draws_a_file_and_its_arguments(
         (["x", "--mask", "m.png"], "--mask and --strength need --image"),
         (["x", "--strength", "0.5"], "--mask and --strength need --image"),
         (["x", "--cuda-graphs", "--device", "cpu"], "--cuda-graphs needs a GPU"),
+        (["x", "--sampler", "best"], "`sampler` is 'best'"),
+        (["x", "--seed", "-1"], "`seed` is -1"),
+        (["x", "--steps", "0"], "`steps` is 0"),
+        (["x", "--image", "gone.png"], "gone.png: No such file or directory"),
+        (["x", "--output", __file__], "File exists"),
         (["x", "--dtype", "int8"], "--dtype is 'int8'; accepted: float32"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",

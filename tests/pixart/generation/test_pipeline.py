@@ -12,6 +12,7 @@ from PIL import Image
 from small_pipeline import CONFIG, Encoder, small_pipeline
 from torch import Tensor
 
+import pixart.generation.pipeline as generation
 from pixart import PixArt, presets
 from pixart.checkpoints import save_diffusers
 from pixart.diffusion import NoiseSchedule
@@ -113,8 +114,8 @@ def test_an_image_is_where_pictures_begin(pipeline: PixArtPipeline, photo: Image
     assert mirrored.tobytes() != a.tobytes()
     # another size: scaled to cover it, and cropped
     assert draw(height=16, width=16)[0].size == (16, 16)
-    with pytest.raises(ValueError, match="`width` is 19; accepted: a multiple of 4"):
-        draw(image=photo.resize((19, 12)))
+    # nor is any other image's size refused
+    assert draw(image=photo.resize((19, 12)))[0].size == (20, 12)
     with pytest.raises(ValueError, match="'pndm' cannot begin with an image"):
         draw(sampler="pndm")
     with pytest.raises(ValueError, match="strength must be in"):
@@ -148,6 +149,59 @@ def test_a_mask_keeps_black_pixels_as_they_were(
     expected = torch.ones(6, 10, dtype=torch.bool)
     expected[1:5, 2:7] = False
     assert torch.equal(kept, expected)
+
+
+def test_the_black_of_a_jpeg_is_black(
+    pipeline: PixArtPipeline, photo: Image.Image, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[float] = []
+    sample = generation.sample
+
+    def spy(*arguments, mask: Tensor, **settings) -> Tensor:
+        seen.append(mask.float().mean().item())
+        return sample(*arguments, mask=mask, **settings)
+
+    monkeypatch.setattr(generation, "sample", spy)
+    for dark in (0, 9, 127, 128):
+        mask = Image.new("L", photo.size, dark)
+        mask.paste(255, (0, 0, 10, 12))
+        pipeline(["a"], image=photo, mask=mask, steps=1)
+    assert seen == [0.5, 0.5, 0.5, 1.0]
+
+
+def test_sizes_for_an_image(pipeline: PixArtPipeline) -> None:
+    def size(width: int, height: int) -> tuple[int, int]:
+        return pipeline.size_for(Image.new("L", (width, height)))
+
+    assert size(32, 8) == (8, 32)
+    assert size(1920, 1080) == (12, 20)
+    # a multiple, and far beyond what the model was trained at
+    assert size(36, 36) == (16, 16)
+    assert size(17, 31) == pipeline.size(aspect_ratio="17:31")
+
+
+def test_no_picture_is_drawn_of_nan(photo: Image.Image) -> None:
+    pipeline = small_pipeline()
+    with torch.no_grad():
+        pipeline.vae.model.decoder.conv_out.bias[0] = torch.nan
+    with pytest.raises(ValueError, match="came out as NaN.*float16"):
+        pipeline(["a"], steps=1)
+
+
+def test_what_did_not_fit_leaves_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    pipeline = small_pipeline()
+    pipeline.memory = "low"
+    moves: list[object] = []
+
+    def to(where: object) -> None:
+        moves.append(where)
+        if len(moves) == 1:
+            raise torch.OutOfMemoryError("half of it is there")
+
+    monkeypatch.setattr(pipeline.model, "to", to)
+    with pytest.raises(torch.OutOfMemoryError):
+        pipeline(["a"], steps=1)
+    assert moves == [torch.device("cpu"), "cpu"]
 
 
 def test_a_mask_fits_its_image(pipeline: PixArtPipeline, photo: Image.Image) -> None:
@@ -205,6 +259,24 @@ def test_no_pipeline_in_the_folder(tmp_path) -> None:
         PixArtPipeline.from_pretrained(tmp_path)
     (tmp_path / "pipeline.json").write_text(json.dumps({"vae": "v", "text_encoder": "t"}))
     with pytest.raises((FileNotFoundError, ValueError), match="transformer"):
+        PixArtPipeline.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{", "is not JSON"),
+        ("[1]", r"holds \[1\]; accepted: an object"),
+        ("{}", "'vae' is None; accepted: a folder or a name"),
+        ('{"vae": "../gone"}', r"has its vae at .*gone, which is no folder"),
+        ('{"vae": "/gone/vae"}', "has its vae at /gone/vae, which is no folder"),
+        ('{"vae": ".", "text_encoder": 3}', "'text_encoder' is 3; accepted"),
+    ],
+    ids=["broken", "list", "empty", "relative", "absolute", "number"],
+)
+def test_a_broken_pipeline_file_is_named(tmp_path, text: str, message: str) -> None:
+    (tmp_path / "pipeline.json").write_text(text)
+    with pytest.raises((FileNotFoundError, ValueError), match=rf"pipeline\.json:? {message}"):
         PixArtPipeline.from_pretrained(tmp_path)
 
 

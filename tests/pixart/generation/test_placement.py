@@ -156,6 +156,31 @@ def test_one_loading_of_the_text_encoder_serves_many_pictures(
         assert a.read_bytes() == b.read_bytes()
 
 
+def test_one_loading_serves_many_settings(folder: Path, tmp_path: Path) -> None:
+    pipeline = PixArtPipeline.from_pretrained(folder, memory="low")
+    load, loadings = pipeline._load_text_encoder, []
+    pipeline._load_text_encoder = lambda: loadings.append(1) or load()
+    requests = [pictures.Request(prompt=f"{n} birds", steps=n) for n in range(1, 13)]
+    todo = pictures.resolve(requests, pipeline, guidance_scale=1.0)
+    pictures.draw(pipeline, todo, tmp_path)
+    assert len(loadings) == 1
+    # nor does it stay for pictures that are there
+    again = PixArtPipeline.from_pretrained(folder, memory="low")
+    pictures.draw(again, todo, tmp_path)
+    assert again._text_encoder is None
+
+
+def test_auto_is_high_for_cuda_graphs(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(placement, "choose", lambda *_: "low")
+    # which are refused for another reason here
+    with pytest.raises(ValueError, match="`cuda_graphs` is True for a model on cpu"):
+        PixArtPipeline.from_pretrained(folder, cuda_graphs=True)
+    monkeypatch.setattr(PixArtPipeline, "__init__", lambda *_, memory, **__: said.append(memory))
+    said: list[str] = []
+    PixArtPipeline.from_pretrained(folder, cuda_graphs=True)
+    assert said == ["high"]
+
+
 def test_a_text_encoder_is_streamed_to_a_gpu(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     streamed: list[torch.device] = []
     monkeypatch.setattr(
@@ -181,9 +206,9 @@ def test_auto_asks_the_device(
     mode: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     pipeline = small_pipeline()
-    weights = sum(
-        p.nbytes for part in (pipeline.model, pipeline.vae.model) for p in part.parameters()
-    )
+    pipeline.model.to("meta")
+    # the autoencoder is there already
+    weights = sum(p.nbytes for p in pipeline.model.parameters())
     needed = weights + 1000 + 3 * 8 * 16 * 16 * 4
     # 9 bytes in 10 may be used
     free = -(-needed * 10 // 9) + 1

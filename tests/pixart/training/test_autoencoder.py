@@ -97,6 +97,15 @@ def test_bad_pictures_are_skipped_counted_and_reported(images: Path) -> None:
     assert [json.loads(line)["key"] for line in report] == ["3.png"]
 
 
+def test_a_batch_of_bad_pictures_alone_ends_no_run(images: Path) -> None:
+    (images / "3.png").write_bytes(b"not a picture")
+    assert len(run(recipe(images, steps=25, batch_size=1))) == 25
+    for image in images.glob("*.png"):
+        image.write_bytes(b"not a picture")
+    with pytest.raises(RuntimeError, match=r"of 16 pictures none could be read; the first: "):
+        Autoencoder(recipe(images), torch.device("cpu")).collate([])
+
+
 def test_too_many_bad_pictures_stop_the_run(images: Path) -> None:
     for i in range(3):
         (images / f"{i}.png").write_bytes(b"not a picture")
@@ -122,7 +131,8 @@ def decoder(images: Path, **changes: object) -> VAERecipe:
 
 
 def test_the_decoder_alone_learns_and_latents_stay(images: Path) -> None:
-    made = decoder(images, steps=60, gradient_clip=1.0)
+    every = {"checkpoint_every": 60, "samples_every": 60}
+    made = decoder(images, steps=60, gradient_clip=1.0, **every)
     rows = run(made)
     assert rows[-1]["l1"] < 0.8 * rows[0]["l1"]
     before = VAE.from_pretrained(images.parent / "first")

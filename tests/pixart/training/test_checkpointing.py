@@ -149,6 +149,47 @@ def test_a_damaged_checkpoint_is_named(tmp_path: Path, features: Path, how: str)
     assert run(recipe(tmp_path / "run", features)) == whole
 
 
+def test_only_a_damaged_checkpoint_is_to_be_deleted(tmp_path: Path, features: Path) -> None:
+    settings = {"steps": 2, "ema_decay": None}
+    made = recipe(tmp_path / "run", features, **settings)
+    run(made)
+
+    class Wider(TextToImage):
+        def _module(self):
+            module = super()._module()
+            module.extra = torch.nn.Linear(1, 1)
+            return module
+
+    with pytest.raises(RuntimeError, match=r"is whole, but .* \(.*model\.extra.*Keep it"):
+        train(made, lambda device: Wider(made, device))
+
+
+def test_a_run_goes_on_with_its_own_data_alone(tmp_path: Path) -> None:
+    from pixart.conditioning import CacheWriter, FeatureCache
+
+    write_features(tmp_path / "features")
+    made = recipe(tmp_path / "run", tmp_path / "features")
+    run(recipe(tmp_path / "run", tmp_path / "features"))
+    cache = FeatureCache(tmp_path / "features")
+    with CacheWriter(
+        tmp_path / "features", cache.metadata, cache.null_caption, cache.null_length
+    ) as w:
+        w.add(**{**cache[0], "key": "one more"})
+    with pytest.raises(ValueError, match="trained on other data: 11 samples.* than the 12 there"):
+        run(made)
+
+
+def test_memory_may_be_saved_from_some_step_on(tmp_path: Path, features: Path) -> None:
+    constant = {"schedule": {"name": "constant", "warmup_steps": 3}}
+    whole = run(recipe(tmp_path / "whole", features, **constant))
+    run(recipe(tmp_path / "parts", features, steps=5, **constant))
+    changed = {"gradient_checkpointing": True, **constant}
+    for row, expected in zip(
+        run(recipe(tmp_path / "parts", features, **changed)), whole, strict=True
+    ):
+        assert row == pytest.approx(expected)
+
+
 def test_a_checkpoint_is_read_without_executing_code(tmp_path: Path, features: Path) -> None:
     run(recipe(tmp_path / "run", features))
 

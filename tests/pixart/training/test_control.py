@@ -165,10 +165,11 @@ def test_images_without_their_control_are_named(
     [
         ({"lora": {}}, "control: .*goes without lora"),
         ({"samples": {"prompts": ["a"]}}, "control: .*pixart generate --control"),
+        ({"parallel": {"sequence": 2}}, "control: .*parallel.sequence 1"),
         ({"model": BASE}, "control: .*model.init"),
         ({"control": {"images": "x"}}, "control.features: required"),
     ],
-    ids=["lora", "samples", "base", "features"],
+    ids=["lora", "samples", "sequence", "base", "features"],
 )
 def test_wrong_settings_are_named(folder: Path, changes: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):

@@ -188,12 +188,13 @@ def test_adapters_can_be_the_student(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"model": MODEL}, "distill: .*model.init, the teacher"),
+        ({"model": MODEL}, "distill: .*model.init, the model that teaches"),
         ({"prior": {"folder": "class"}}, "distill: .*goes without prior"),
         ({"parallel": {"strategy": "fsdp"}}, "distill: .*ddp"),
+        ({"parallel": {"sequence": 2}}, "distill: .*parallel.sequence 1"),
         ({"distill": {"guidance_scale": 0.5}}, "distill.guidance_scale: got 0.5"),
     ],
-    ids=["no_teacher", "prior", "fsdp", "guidance"],
+    ids=["no_teacher", "prior", "fsdp", "sequence", "guidance"],
 )
 def test_wrong_settings_are_named(folder: Path, changes: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):

@@ -4,16 +4,29 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import yaml
+from accelerate import PartialState
+from accelerate.state import AcceleratorState
 from processes import Apart, run_apart
-from small_runs import log, recipe, run, train_apart, train_in_turn, weights, write_features
+from small_runs import (
+    MODEL,
+    log,
+    recipe,
+    run,
+    train_apart,
+    train_in_turn,
+    weights,
+    write_features,
+)
 
 from pixart.training import TrainRecipe, train
 from pixart.training.distributed import Processes, share_tokens
@@ -37,6 +50,8 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
             "checkpoint_every": STEPS,
             "schedule": {"name": "constant", "warmup_steps": 3},
             "optimizer": {"lr": 1e-3, "eps": 1e-8},
+            # all of these gradients are longer
+            "gradient_clip": 0.05,
             "gradient_accumulation": BATCHES // processes,
             **changes,
         }
@@ -78,6 +93,58 @@ def test_many_processes_train_as_one_does(runs: Path, name: str) -> None:
         assert row == pytest.approx(expected, rel=1e-4)
     for key, tensor in weights(runs / "one").items():
         torch.testing.assert_close(weights(runs / name)[key], tensor, rtol=1e-3, atol=1e-5)
+
+
+def counted(*recipes: TrainRecipe) -> None:
+    """Trains in turn; prints the bytes of weights that each forward keeps for its backward."""
+
+    class Counted(TextToImage):
+        def loss(self, module, batch):
+            of_blocks, others = (
+                {p.shape for name, p in self.module.named_parameters()
+                 if name.endswith("weight") and name.startswith("blocks.") == inside}
+                for inside in (True, False)
+            )  # fmt: skip
+            shapes, saved = of_blocks - others, []
+            keep = torch.autograd.graph.saved_tensors_hooks(
+                lambda x: saved.append(x.detach()) or x, lambda x: x
+            )
+            with keep:
+                losses = super().loss(module, batch)
+            storages = {
+                x.untyped_storage().data_ptr(): x.untyped_storage().nbytes()
+                for x in saved
+                if x.dtype == torch.bfloat16 and {x.shape, x.shape[::-1]} & shapes
+            }
+            # in one piece, as others print into the same file
+            print(f" kept {self.recipe.output.name} {sum(storages.values())} ", flush=True)
+            return losses
+
+    PartialState.destroy_process_group = lambda *_: None
+    for each in recipes:
+        AcceleratorState._reset_state()
+        train(each, partial(Counted, each))
+
+
+def test_sharded_weights_in_bf16_are_let_go(tmp_path: Path) -> None:
+    """Autocast would keep a copy of all of them from the forward to the backward."""
+    write_features(tmp_path / "features")
+    # every kind of parameter that a block may have
+    model = {**MODEL, "qk_norm": True, "gated_cross_attention": True,
+             "kv_compression": {"sampling": "conv", "scale_factor": 2, "layers": [1]}}  # fmt: skip
+    ddp, fsdp = (
+        recipe(
+            tmp_path / strategy, tmp_path / "features", steps=STEPS, mixed_precision="bf16",
+            model=model, parallel={"strategy": strategy},
+        )
+        for strategy in ("ddp", "fsdp")
+    )  # fmt: skip
+    text = run_apart(counted, ddp, fsdp, output=tmp_path / "out", processes=2)
+    kept = re.findall(r"kept (\w+) (\d+)", text)
+    assert {name for name, size in kept if int(size)} == {"ddp"} and len(kept) == 4 * STEPS
+    # tables and norms are rounded as well, which autocast does not do
+    for row, expected in zip(log(fsdp.output), log(ddp.output), strict=True):
+        assert row == pytest.approx(expected, rel=2e-3)
 
 
 def spied(made: TrainRecipe) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import multiprocessing
 import os
 import random
 import signal
@@ -14,7 +16,7 @@ import torch
 from processes import Apart
 from small_runs import log, recipe, run, weights, write_features
 
-from pixart.training import TrainRecipe, train
+from pixart.training import TrainRecipe, train, trainer
 from pixart.training.text_to_image import TextToImage
 
 
@@ -61,6 +63,9 @@ def test_killed_at_random_again_and_again_it_goes_on(tmp_path: Path, features: P
         assert apart.wait() == [0], apart.text
         break
     assert kills >= 6
+    lines = (made.output / "starts.jsonl").read_text().splitlines()
+    assert any(json.loads(line)["after_step"] for line in lines)
+    assert all(p.name.startswith("step-") for p in (made.output / "checkpoints").iterdir())
     assert log(made.output) == whole
     for name, tensor in weights(tmp_path / "whole").items():
         assert torch.equal(tensor, weights(made.output)[name]), name
@@ -89,7 +94,53 @@ def test_a_signal_saves_and_ends(
     assert int(saved.name[5:]) == log(made.output)[-1]["step"]
 
 
-def test_a_second_signal_ends_at_once(tmp_path: Path, features: Path) -> None:
+def in_its_own_group(made: TrainRecipe) -> None:
+    os.setsid()
+    # as in a process that is nobody's fork
+    multiprocessing.set_start_method("fork", force=True)
+    slowly(made)
+
+
+def test_a_signal_to_all_of_a_group_saves_as_well(tmp_path: Path, features: Path) -> None:
+    """A terminal and Slurm tell the processes that read data, and torchrun tells again."""
+    made = recipe(tmp_path / "run", features, steps=500, checkpoint_every=500, workers=2)
+    apart = Apart(in_its_own_group, made, output=tmp_path / "out")
+    rows = made.output / "log.jsonl"
+    while not rows.exists() or rows.read_text().count("\n") < 3:
+        assert apart.processes[0].exitcode is None, apart.text
+        time.sleep(0.01)
+    for _ in range(2):
+        os.killpg(apart.processes[0].pid, signal.SIGTERM)
+        time.sleep(0.02)
+    assert apart.wait() == [128 + signal.SIGTERM], apart.text
+    (saved,) = (made.output / "checkpoints").iterdir()
+    assert int(saved.name[5:]) == log(made.output)[-1]["step"]
+
+
+def test_what_was_not_logged_yet_is_before_a_run_ends(tmp_path: Path, features: Path) -> None:
+    made = recipe(tmp_path / "run", features, log_every=4)
+
+    class Told(TextToImage):
+        calls = 0
+
+        def loss(self, module, batch):
+            Told.calls += 1
+            if Told.calls == 6:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return super().loss(module, batch)
+
+    with pytest.raises(SystemExit):
+        train(made, partial(Told, made))
+    rows = run(made)
+    assert [row["step"] for row in rows] == [4, 5, 6, 8, 10, 12]
+    each = run(recipe(tmp_path / "each", features))
+    assert rows[2]["loss"] == each[5]["loss"]
+
+
+def test_a_second_signal_ends_at_once(
+    tmp_path: Path, features: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(trainer, "ONE_WISH", 0.0)
     made = recipe(tmp_path / "run", features)
 
     class Interrupted(TextToImage):

@@ -33,6 +33,7 @@ class Line:
     def __init__(self, samples: int) -> None:
         self.module = nn.Linear(1, 1)
         self.dataset = torch.linspace(-1, 1, samples)[:, None]
+        self.keys = [str(i) for i in range(samples)]
         self.buckets = [0] * samples
 
     def collate(self, samples):

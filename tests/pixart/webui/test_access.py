@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 pytest.importorskip("gradio", reason="the page is an extra: pip install 'pixart-kernels[web]'")
@@ -19,7 +21,7 @@ async def echo(scope, receive, send) -> None:
 
 
 def client(token: str | None = None, at: str = HERE) -> TestClient:
-    return TestClient(Gate(echo, token, max_body=10), base_url=at, follow_redirects=False)
+    return TestClient(Gate(echo, token, max_body=20), base_url=at, follow_redirects=False)
 
 
 @pytest.mark.parametrize(
@@ -80,39 +82,76 @@ def test_a_token_opens_the_api() -> None:
     assert gate.get("/pictures/x", headers=right).status_code == 200
 
 
-def test_a_token_opens_the_page_and_leaves_the_address() -> None:
+@pytest.mark.parametrize("way", ["link", "form"])
+def test_a_token_opens_the_page_and_leaves_the_address(way: str) -> None:
     gate = client("a secret")
     asks = gate.get("/", headers={"Accept": "text/html"})
     assert asks.status_code == 401
     assert "<form" in asks.text
     # told by a form, and not a second time by the browser's own window
     assert "WWW-Authenticate" not in asks.headers
-    assert "is wrong" in gate.get("/?token=no", headers={"Accept": "text/html"}).text
-    opened = gate.get("/?token=a%20secret")
+
+    def enter(token: str) -> Any:
+        if way == "link":
+            return gate.get("/", params={"token": token}, headers={"Accept": "text/html"})
+        return gate.post("/", data={"token": token}, headers={"Accept": "text/html"})
+
+    assert "is wrong" in enter("no").text
+    opened = enter("a secret")
     assert (opened.status_code, opened.headers["Location"]) == (303, "./")
     cookie = opened.headers["Set-Cookie"]
     assert "HttpOnly" in cookie and "SameSite=lax" in cookie and "secret" not in cookie
     assert gate.get("/").text == "inside /"
     assert gate.get("/pictures/x").status_code == 200
-    gate.cookies.set(COOKIE, "made-up")
-    assert TestClient(gate.app, base_url=HERE).get("/").status_code == 401
+    stranger = TestClient(gate.app, base_url=HERE, cookies={f"{COOKIE}-7860": "made-up"})
+    assert stranger.get("/").status_code == 401
+
+
+def test_servers_of_one_machine_keep_their_cookies() -> None:
+    # as a browser has it: cookies know no ports
+    first, second = client("one", "http://127.0.0.1:1"), client("two", "http://127.0.0.1:2")
+    first.get("/?token=one")
+    second.get("/?token=two")
+    both = {**first.cookies, **second.cookies}
+    for gate in (first, second):
+        browser = TestClient(gate.app, base_url=str(gate.base_url), cookies=both)
+        assert browser.get("/").status_code == 200
 
 
 def test_tokens_cannot_be_tried_without_end() -> None:
     gate = client("right")
-    tried = [gate.get(f"/?token={i}").status_code for i in range(12)]
+    inside = TestClient(gate.app, base_url=HERE, follow_redirects=False)
+    inside.get("/?token=right")
+    tried = [gate.post("/", data={"token": f"{i}"}).status_code for i in range(4)]
+    tried += [gate.get(f"/?token={i}").status_code for i in range(4)]
+    tried += [gate.get("/", headers={"Authorization": f"Bearer {i}"}).status_code for i in range(4)]
     assert tried == [401] * 10 + [429] * 2
-    # but whoever knows it is not locked out
-    assert gate.get("/", headers={"Authorization": "Bearer right"}).status_code == 200
+    # not even the right one is compared, else guesses were as many as anybody likes
+    late = gate.get("/", headers={"Authorization": "Bearer right"})
+    assert (late.status_code, 1 <= int(late.headers["Retry-After"]) <= 61) == (429, True)
+    # but whoever is in stays in
+    assert inside.get("/").status_code == 200
+    elsewhere = TestClient(gate.app, base_url=HERE, client=("10.0.0.2", 1))
+    assert elsewhere.get("/", headers={"Authorization": "Bearer right"}).status_code == 200
 
 
 def test_bodies_are_bounded() -> None:
     gate = client()
-    assert gate.post("/api/generate", content=b"x" * 10).status_code == 200
-    answer = gate.post("/api/generate", content=b"x" * 11)
+    assert gate.post("/api/generate", content=b"x" * 20).status_code == 200
+    answer = gate.post("/api/generate", content=b"x" * 21)
     assert answer.status_code == 413
-    assert answer.json()["error"] == "the body has 11 bytes; accepted: up to 10"
-    assert gate.post("/api/generate", content=iter([b"x"])).status_code == 411
+    assert answer.json()["error"] == "the body has 21 bytes; accepted: up to 20"
+    assert (
+        gate.post("/api/generate", content=b"x", headers={"Content-Length": "9" * 5000}).status_code
+        == 413
+    )
+    # a length beside chunks is not theirs
+    for headers in ({}, {"Content-Length": "1", "Transfer-Encoding": "chunked"}):
+        for method in ("POST", "PUT", "GET"):
+            answer = gate.request(method, "/", content=iter([b"x"]), headers=headers)
+            assert answer.status_code == 411
+    assert gate.put("/", content=b"x" * 21).status_code == 413
+    assert client("secret").post("/", content=b"token=" + b"x" * 21).status_code == 413
 
 
 def test_a_browser_loads_nothing_from_elsewhere() -> None:

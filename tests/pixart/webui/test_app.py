@@ -63,8 +63,11 @@ def test_errors(
 ) -> None:
     assert "not JSON" in error_of(api, 400, content=b"{")
     assert "not JSON" in error_of(api, 400, content=b"\xff")
+    assert "not JSON" in error_of(api, 400, content=b"[" * 30_000)
     assert "`steps` is 101" in error_of(api, 422, json={**ASKED, "steps": 101})
     assert "bytes" in error_of(api, 413, content=b"x" * 10**6)
+    unknown = api.get("/api/generate")
+    assert (unknown.status_code, list(unknown.json())) == (405, ["error"])
     monkeypatch.setattr(studio.pipeline, "encode", lambda *_: 1 / 0)
     # what went wrong inside is nobody else's business
     assert error_of(api, 500, json=ASKED) == "drawing failed; the server's log says why"
@@ -88,7 +91,7 @@ def test_too_many_and_too_often(api: TestClient, studio: Studio) -> None:
 
     def wait(*_: object) -> None:
         started.set()
-        assert go.wait(20)
+        assert go.wait(60)
 
     hook = studio.pipeline.model.blocks[0].register_forward_pre_hook(wait)
     drawn: list[int] = []
@@ -96,10 +99,10 @@ def test_too_many_and_too_often(api: TestClient, studio: Studio) -> None:
         target=lambda: drawn.append(api.post("/api/generate", json=ASKED).status_code)
     )
     first.start()
-    assert started.wait(20)
+    assert started.wait(60)
     busy = api.post("/api/generate", json=ASKED)
     go.set()
-    first.join(20)
+    first.join(60)
     hook.remove()
     assert (busy.status_code, drawn) == (503, [200])
     assert "wait already" in busy.json()["error"] and int(busy.headers["Retry-After"]) >= 1
@@ -119,6 +122,8 @@ def test_who_hangs_up_is_not_drawn_for(
     headers = [(b"host", b"127.0.0.1"), (b"content-length", str(len(body)).encode())]
     scope = {"type": "http", "method": "POST", "path": "/api/generate", "query_string": b"",
              "headers": headers, "client": ("127.0.0.1", 1), "http_version": "1.1"}  # fmt: skip
+    steps = []
+    studio.pipeline.model.blocks[0].register_forward_hook(lambda *_: steps.append(1))
     messages = [{"type": "http.request", "body": body}, {"type": "http.disconnect"}]
 
     async def receive() -> dict:
@@ -126,11 +131,27 @@ def test_who_hangs_up_is_not_drawn_for(
 
     async def send(_: dict) -> None: ...
 
-    studio.pipeline.model.blocks[0].register_forward_hook(lambda *_: time.sleep(0.02))
+    def wait(*_: object) -> None:
+        end = time.monotonic() + 60
+        while not (jobs and jobs[0].cancelled):
+            assert time.monotonic() < end
+            time.sleep(0.01)
+
+    studio.pipeline.model.blocks[0].register_forward_hook(wait)
     asyncio.run(build(studio, None)(scope, receive, send))
-    assert isinstance(jobs[0].future.exception(10), Cancelled)
+    assert isinstance(jobs[0].future.exception(60), Cancelled)
+    assert len(steps) == 1
     studio.close()
     assert not any(tmp_path.iterdir())
+
+
+def test_words_that_are_not_read_are_told(api: TestClient) -> None:
+    assert "PixArt-Notes" not in api.post("/api/generate", json=ASKED).headers
+    long = {**ASKED, "prompt": "a cat on a “mat”, 犬", "negative_prompt": "b " * 50}
+    for _ in range(2):
+        first, second = json.loads(api.post("/api/generate", json=long).headers["PixArt-Notes"])
+        assert first == "the prompt is too long; not read: ““mat”, 犬”"
+        assert second.startswith("the negative prompt is too long") and len(second) < 160
 
 
 def test_a_token_guards_all_of_it(studio: Studio) -> None:
@@ -153,7 +174,7 @@ def test_gradios_own_doors_are_shut(api: TestClient) -> None:
 
 def test_pictures_are_found_by_whoever_drew_them(api: TestClient, studio: Studio) -> None:
     job = studio.submit({**ASKED, "prompt": "a “cat”, 犬?"}, "a")
-    name = job.future.result(20).name
+    name = job.future.result(60).name
     path = f"/pictures/{job.folder.name}/{name}"
     assert api.get(path).status_code == 404
     studio.keep(job)

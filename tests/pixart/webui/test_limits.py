@@ -84,14 +84,34 @@ def test_so_many_a_minute_for_each_client(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr("time.monotonic", lambda: now)
     rate = Rate(2)
     assert rate.wait("a") == 0
+    rate.count("a")
     now += 10
-    assert rate.wait("a") == 0
+    # asking is free
+    assert [rate.wait("a") for _ in range(3)] == [0] * 3
+    rate.count("a")
     assert rate.wait("a") == 50
     assert rate.wait("b") == 0
     now += 50.5
     # the first has left the minute, the second has not
     assert rate.wait("a") == 0
+    rate.count("a")
     assert 9 < rate.wait("a") < 10
     now += 61
-    rate.wait("c")
+    rate.count("c")
     assert list(rate._times) == ["c"]
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "same"),
+    [
+        ("2001:db8:0:1::1", "2001:db8:0:1:ffff::9", True),
+        ("2001:db8:0:1::1", "2001:db8:0:2::1", False),
+        ("10.0.0.1", "10.0.0.2", False),
+        ("fe80::1%eth0", "fe80::2%eth0", True),
+    ],
+)
+def test_a_household_is_one_client(first: str, second: str, same: bool) -> None:
+    rate = Rate(1)
+    rate.count(first)
+    assert rate.wait(first) > 0
+    assert (rate.wait(second) > 0) is same

@@ -28,33 +28,49 @@ from pixart.webui.server import serve
 
 def call(address: str) -> int:
     try:
-        with urllib.request.urlopen(address, timeout=10) as answer:
+        with urllib.request.urlopen(address, timeout=60) as answer:
             return answer.status
     except urllib.error.HTTPError as error:
         return error.code
 
 
 class Visitor(threading.Thread):
-    """Waits until a server says where it is, calls it, stays connected, and interrupts it."""
+    """Waits until a server says where it is, calls it, stays connected, and interrupts it.
+
+    As a context manager it begins, and ends no later than the server did.
+    """
 
     def __init__(self, capsys: pytest.CaptureFixture[str], ends_with: signal.Signals) -> None:
-        super().__init__()
+        super().__init__(daemon=True)
+        self.over = threading.Event()
         self.capsys, self.ends_with, self.said = capsys, ends_with, ""
         self.status, self.folders = 0, []
 
+    def __enter__(self) -> Visitor:
+        self.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.over.set()
+        self.join(60)
+
     def run(self) -> None:
+        end = time.monotonic() + 60
         try:
             while not self.said.endswith("\n"):
                 self.said += self.capsys.readouterr().out
-                time.sleep(0.01)
+                if self.over.wait(0.01) or time.monotonic() > end:
+                    return
             self.status = call(self.said.strip())
             self.folders = list(Path(tempfile.gettempdir()).iterdir())
             address = self.said.split("?")[0].strip()
             if self.status == 200:
-                self.page = urllib.request.urlopen(f"{address}gradio_api/heartbeat/a", timeout=10)
+                self.page = urllib.request.urlopen(f"{address}gradio_api/heartbeat/a", timeout=60)
                 self.page.readline()
         finally:
-            os.kill(os.getpid(), self.ends_with)
+            # a server that failed is not there to take it
+            if not self.over.is_set():
+                os.kill(os.getpid(), self.ends_with)
 
 
 @pytest.mark.parametrize("ends_with", [signal.SIGINT, signal.SIGTERM], ids=lambda s: s.name)
@@ -67,10 +83,8 @@ def test_an_interrupt_ends_it_and_leaves_nothing(
 ) -> None:
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     before = signal.getsignal(signal.SIGTERM)
-    visitor = Visitor(capsys, ends_with)
-    visitor.start()
-    serve(small_pipeline(), Limits(side=32), {"model": "small"}, port=0)
-    visitor.join(20)
+    with Visitor(capsys, ends_with) as visitor:
+        serve(small_pipeline(), Limits(side=32), {"model": "small"}, port=0)
     assert visitor.said.startswith("http://127.0.0.1:")
     assert visitor.status == 200
     assert len(visitor.folders) == 1
@@ -82,10 +96,8 @@ def test_an_interrupt_ends_it_and_leaves_nothing(
 
 
 def test_others_than_this_machine_need_a_token(capsys: pytest.CaptureFixture[str]) -> None:
-    visitor = Visitor(capsys, signal.SIGINT)
-    visitor.start()
-    serve(small_pipeline(), Limits(side=32), {"model": "small"}, host="0.0.0.0", port=0)
-    visitor.join(20)
+    with Visitor(capsys, signal.SIGINT) as visitor:
+        serve(small_pipeline(), Limits(side=32), {"model": "small"}, host="0.0.0.0", port=0)
     assert re.fullmatch(r"http://0\.0\.0\.0:\d+/\?token=[\w-]{20,}\n", visitor.said)
 
 
@@ -104,18 +116,26 @@ def test_a_taken_port_is_named() -> None:
 
 def test_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
     served: dict = {}
-    monkeypatch.setattr(PixArtPipeline, "from_pretrained", lambda *_, **__: small_pipeline())
+    monkeypatch.setattr(
+        PixArtPipeline,
+        "from_pretrained",
+        lambda _, memory, **__: served.update(memory=memory) or small_pipeline(),
+    )
     monkeypatch.setattr(
         "pixart.webui.server.serve", lambda _, limits, note, **rest: served.update(
             limits=limits, note=note, **rest)
     )  # fmt: skip
     done = CliRunner().invoke(
-        app, ["serve", "a/folder", "--max-steps", "9", "--sampler", "ddim", "--device", "cpu"]
-    )
+        app,
+        ["serve", "a/folder/pipeline", "--max-steps", "9", "--sampler", "ddim", "--device", "cpu",
+         "--memory", "low"],
+        env={"PIXART_TOKEN": "of-the-environment"},
+    )  # fmt: skip
     assert (done.exit_code, done.exception) == (0, None)
     assert served["limits"] == Limits(side=32, steps=9)
-    assert (served["note"], served["sampler"]) == ({"model": "a/folder"}, "ddim")
-    assert (served["host"], served["token"]) == ("127.0.0.1", None)
+    assert (served["note"], served["sampler"]) == ({"model": "folder"}, "ddim")
+    assert (served["host"], served["token"]) == ("127.0.0.1", "of-the-environment")
+    assert served["memory"] == "low"
 
 
 def test_without_the_extra_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
