@@ -54,7 +54,7 @@ def test_infers_every_preset(name: str) -> None:
     assert inferred == config
 
 
-@pytest.mark.parametrize("name", set(CONFIGS) - {"kv_uniform"})
+@pytest.mark.parametrize("name", sorted(set(CONFIGS) - {"kv_uniform"}))
 @pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
 def test_round_trip(name: str, suffix: str, tmp_path: Path) -> None:
     model = randomized(CONFIGS[name])

@@ -7,12 +7,14 @@ import re
 import subprocess
 from pathlib import Path
 
+import pytest
 import torch
 
 from pixart.training.run_state import RunFolder, commit_of
 
 
-def test_each_start_is_recorded(tmp_path: Path) -> None:
+def test_each_start_is_recorded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.orig_argv", ["pixart", "train", "my recipe.yaml"])
     run = RunFolder(tmp_path)
     for step in (0, 7):
         run.record_start(step, 2, torch.device("cpu"))
@@ -20,7 +22,7 @@ def test_each_start_is_recorded(tmp_path: Path) -> None:
     assert [start["after_step"] for start in starts] == [0, 7]
     assert starts[0]["processes"] == 2
     assert starts[0]["versions"]["torch"] == torch.__version__
-    assert "pytest" in starts[0]["command"]
+    assert starts[0]["command"] == "pixart train 'my recipe.yaml'"
     assert starts[0]["date"].endswith("+00:00")
 
 
