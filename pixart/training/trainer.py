@@ -365,11 +365,13 @@ class _Loop:
         """
         try:
             yield
-        except RuntimeError as error:
-            if "DataLoader worker" not in str(error):
+        except (RuntimeError, OSError) as error:
+            # where a file was being written, what said that it cannot be was told so
+            died = error.__cause__ if isinstance(error, OSError) else error
+            if "DataLoader worker" not in str(died):
                 raise
             raise RuntimeError(
-                f"a process that reads data died: {error} {self._kept()}. If memory ran out, "
+                f"a process that reads data died: {died} {self._kept()}. If memory ran out, "
                 "lower workers; then run the same command again"
             ) from error
         finally:

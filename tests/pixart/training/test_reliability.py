@@ -226,6 +226,20 @@ def test_a_data_process_that_died_is_named(tmp_path: Path, features: Path) -> No
     assert run(made) == whole
 
 
+def test_a_data_process_that_died_while_a_file_was_written_is_named(
+    tmp_path: Path, features: Path
+) -> None:
+    made = recipe(tmp_path / "run", features, checkpoint_every=1)
+
+    class Interrupted(TextToImage):
+        def export(self, module, folder):
+            died = RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed.")
+            raise OSError("cannot write a file: free some space") from died
+
+    with pytest.raises(RuntimeError, match=r"data died: DataLoader worker \(pid 7\)"):
+        train(made, lambda device: Interrupted(made, device))
+
+
 def dies(made: TrainRecipe) -> None:
     class Dies(TextToImage):
         def loss(self, module, batch):
