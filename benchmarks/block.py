@@ -8,27 +8,22 @@ Writes ``benchmarks/results/<device>/block.jsonl``.
 
 from __future__ import annotations
 
-import argparse
 import copy
-import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache, partial
 from itertools import product
-from pathlib import Path
 
 import torch
-from rich.progress import track
 from torch import Tensor, nn
 
 import pixart_kernels as pk
-from benchmarks.environment import environment, folder, write
+from benchmarks.cases import command
 from benchmarks.memory import step_memory
-from benchmarks.providers import Outputs, in_short
-from benchmarks.registry import PASSES
-from benchmarks.timing import Budget, measure
+from benchmarks.providers import Outputs
+from benchmarks.timing import measure
 from pixart.config import PixArtConfig
 from pixart.model import Block
 from pixart_kernels import dispatch
@@ -207,58 +202,25 @@ def time_part(part: Part, device: torch.device, seconds: float) -> dict:
     return {"incorrect": incorrect, "memory": memory, **measured}
 
 
-def run(
-    device: torch.device,
-    dtype: torch.dtype,
-    seconds: float,
-    save: Callable[[list[dict]], object] = lambda rows: None,
-) -> list[dict]:
-    """A row for each part at each grid, whether it was measured or not.
+@dataclass(frozen=True)
+class PartCase:
+    grid: tuple[int, int]
+    index: int  # in PARTS
 
-    A part that has begun is finished. After each one ``save`` is given the rows as they would be if
-    this were the last one.
-    """
-    work = [(grid, index) for grid in GRIDS for index in range(len(PARTS))]
-    width = PixArtConfig(depth=1).hidden_size
-    rows = [
-        {
-            **{"part": PARTS[index], "shape": [B, grid[0] * grid[1], width], "text": TEXT_TOKENS},
-            "not_measured": "was stopped",
-        }
-        for grid, index in work
-    ]
-    budget = Budget(seconds, len(work))
-    tasks = zip(rows, work, strict=True)
-    for row, (grid, index) in track(list(tasks), description="a block's training step"):
-        share = budget.share()
-        if share == 0:
-            row["not_measured"] = f"{seconds:g} s were over"
-        else:
-            del row["not_measured"]
-            try:
-                row.update(time_part(parts(grid, device, dtype)[index], device, share))
-            except Exception as error:
-                row["failed"] = in_short(error)
-        save(rows)
-    return rows
+    def about(self) -> dict:
+        rows, columns = self.grid
+        shape = [B, rows * columns, PixArtConfig(depth=1).hidden_size]
+        return {"part": PARTS[self.index], "shape": shape, "text": TEXT_TOKENS}
+
+
+def time_case(case: PartCase, device: torch.device, dtype: torch.dtype, seconds: float) -> dict:
+    # weights are drawn when their turn comes: all at once would not fit
+    return time_part(parts(case.grid, device, dtype)[case.index], device, seconds)
+
+
+def cases(_device: str) -> list[PartCase]:
+    return [PartCase(grid, index) for grid in GRIDS for index in range(len(PARTS))]
 
 
 def main(argv: list[str]) -> None:
-    parser = argparse.ArgumentParser(
-        "python -m benchmarks block", description=(__doc__ or "").splitlines()[0]
-    )
-    parser.add_argument("--device", default="cpu", choices=sorted(PASSES))
-    parser.add_argument("--budget", type=float, default=300.0, help="seconds for all parts")
-    parser.add_argument("--output", type=Path, help="folder; default: benchmarks/results/<device>")
-    arguments = parser.parse_args(argv)
-    device = torch.device(arguments.device)
-    dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
-    about = {"dtype": str(dtype).removeprefix("torch."), **environment(device)}
-    file = (arguments.output or folder(device)) / "block.jsonl"
-
-    def save(rows: list[dict]) -> None:
-        write(file, [{**row, **about} for row in rows])
-
-    rows = run(device, dtype, arguments.budget, save)
-    print(f"{len(rows)} rows in {file}")
-    sys.exit(any("failed" in row for row in rows))
+    command(argv, "block", __doc__, cases, time_case, budget=300.0)

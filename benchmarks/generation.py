@@ -13,10 +13,8 @@ SDPA" tries the backends of PyTorch's attention, and "compiled blocks" compiles 
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import os
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -25,7 +23,6 @@ from dataclasses import dataclass, replace
 from functools import partial
 from itertools import cycle, islice
 from multiprocessing.connection import Connection
-from pathlib import Path
 from typing import Any
 
 import diffusers
@@ -34,18 +31,15 @@ import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL, DPMSolverMultistepScheduler, PixArtSigmaPipeline
 from PIL import Image
-from rich.progress import track
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import pixart_kernels as pk
 from benchmarks.block import only
-from benchmarks.environment import environment, folder, write
+from benchmarks.cases import command
 from benchmarks.model import LEAST, MAY_ERR, STOCK, models
 from benchmarks.providers import in_short
-from benchmarks.registry import PASSES
-from benchmarks.run import measured_before
-from benchmarks.timing import Budget, measure
+from benchmarks.timing import measure
 from pixart import PixArt, PixArtConfig, presets
 from pixart.conditioning import VAE
 from pixart.diffusion import NoiseSchedule, sample
@@ -502,60 +496,5 @@ def time_case(
     }
 
 
-def run(
-    several: list[GenerationCase],
-    device: torch.device,
-    dtype: torch.dtype,
-    seconds: float,
-    save: Callable[[list[dict]], object] = lambda rows: None,
-) -> list[dict]:
-    """A row for each case, whether it was measured or not.
-
-    A case that has begun is finished, and none begins that would not be in time. After each one
-    ``save`` is given the rows as they would be if this were the last one.
-    """
-    rows = [{**case.about(), "not_measured": "was stopped"} for case in several]
-    needed, budget = SECONDS[device.type], Budget(seconds, len(several))
-    deadline = time.perf_counter() + seconds
-    for row, case in track(list(zip(rows, several, strict=True)), description="pictures"):
-        share = budget.share()
-        if deadline - time.perf_counter() < needed:
-            row["not_measured"] = f"{seconds:g} s were over"
-        else:
-            del row["not_measured"]
-            try:
-                row.update(time_case(case, device, dtype, max(share, needed)))
-            except Exception as error:
-                row["failed"] = in_short(error)
-        save(rows)
-    return rows
-
-
 def main(argv: list[str]) -> None:
-    parser = argparse.ArgumentParser(
-        "python -m benchmarks generation", description=(__doc__ or "").splitlines()[0]
-    )
-    parser.add_argument("--device", default="cpu", choices=sorted(PASSES))
-    parser.add_argument("--budget", type=float, default=400.0, help="seconds for all cases")
-    parser.add_argument("--output", type=Path, help="folder; default: benchmarks/results/<device>")
-    parser.add_argument(
-        "--resume", action="store_true", help="keep what was measured of this commit, here"
-    )
-    arguments = parser.parse_args(argv)
-    device = torch.device(arguments.device)
-    dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
-    about = {"dtype": str(dtype).removeprefix("torch."), **environment(device)}
-    file = (arguments.output or folder(device)) / "generation.jsonl"
-    earlier = measured_before(file, about) if arguments.resume else []
-
-    def save(rows: list[dict]) -> None:
-        write(file, [*earlier, *({**row, **about} for row in rows)])
-
-    several = [
-        case
-        for case in cases(device.type)
-        if not any(row.items() >= case.about().items() for row in earlier)
-    ]
-    rows = run(several, device, dtype, arguments.budget, save)
-    print(f"{len(rows)} rows in {file}")
-    sys.exit(any("failed" in row for row in rows))
+    command(argv, "generation", __doc__, cases, time_case, budget=400.0, needed=SECONDS.__getitem__)

@@ -8,31 +8,25 @@ Writes ``benchmarks/results/<device>/model.jsonl``; ``--resume`` goes on from th
 
 from __future__ import annotations
 
-import argparse
 import copy
-import sys
 import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import cycle, islice
-from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers import PixArtTransformer2DModel
-from rich.progress import track
 from torch import Tensor, nn
 
 import pixart_kernels as pk
 from benchmarks.block import Part, only
-from benchmarks.environment import environment, folder, write
+from benchmarks.cases import command
 from benchmarks.memory import step_memory
 from benchmarks.providers import in_short
-from benchmarks.registry import PASSES
-from benchmarks.run import measured_before
-from benchmarks.timing import Budget, measure
+from benchmarks.timing import measure
 from pixart import PixArt, PixArtConfig, presets
 from pixart.checkpoints import diffusers_config, to_diffusers
 from pixart.checkpoints.diffusers import to_diffusers_names
@@ -292,59 +286,5 @@ def time_case(case: ModelCase, device: torch.device, dtype: torch.dtype, seconds
     return {"incorrect": incorrect, "errors": distances, "peak_bytes": peaks, **measured}
 
 
-def run(
-    several: Sequence[ModelCase],
-    device: torch.device,
-    dtype: torch.dtype,
-    seconds: float,
-    save: Callable[[list[dict]], object] = lambda rows: None,
-) -> list[dict]:
-    """A row for each case, whether it was measured or not.
-
-    A case that has begun is finished. After each one ``save`` is given the rows as they would be if
-    this were the last one.
-    """
-    rows = [{**case.about(), "not_measured": "was stopped"} for case in several]
-    budget = Budget(seconds, len(several))
-    for row, case in track(list(zip(rows, several, strict=True)), description="whole models"):
-        share = budget.share()
-        if share == 0:
-            row["not_measured"] = f"{seconds:g} s were over"
-        else:
-            del row["not_measured"]
-            try:
-                row.update(time_case(case, device, dtype, share))
-            except Exception as error:
-                row["failed"] = in_short(error)
-        save(rows)
-    return rows
-
-
 def main(argv: list[str]) -> None:
-    parser = argparse.ArgumentParser(
-        "python -m benchmarks model", description=(__doc__ or "").splitlines()[0]
-    )
-    parser.add_argument("--device", default="cpu", choices=sorted(PASSES))
-    parser.add_argument("--budget", type=float, default=200.0, help="seconds for all cases")
-    parser.add_argument("--output", type=Path, help="folder; default: benchmarks/results/<device>")
-    parser.add_argument(
-        "--resume", action="store_true", help="keep what was measured of this commit, here"
-    )
-    arguments = parser.parse_args(argv)
-    device = torch.device(arguments.device)
-    dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
-    about = {"dtype": str(dtype).removeprefix("torch."), **environment(device)}
-    file = (arguments.output or folder(device)) / "model.jsonl"
-    earlier = measured_before(file, about) if arguments.resume else []
-
-    def save(rows: list[dict]) -> None:
-        write(file, [*earlier, *({**row, **about} for row in rows)])
-
-    several = [
-        case
-        for case in cases(device.type)
-        if not any(row.items() >= case.about().items() for row in earlier)
-    ]
-    rows = run(several, device, dtype, arguments.budget, save)
-    print(f"{len(rows)} rows in {file}")
-    sys.exit(any("failed" in row for row in rows))
+    command(argv, "model", __doc__, cases, time_case, budget=200.0)

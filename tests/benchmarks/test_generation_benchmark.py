@@ -23,7 +23,6 @@ from benchmarks.generation import (
     Parts,
     Worker,
     cases,
-    run,
     time_case,
     variants,
 )
@@ -211,32 +210,6 @@ def test_cases_of_a_gpu_are_of_xl_2_at_every_size() -> None:
     assert all(case.config.depth == 28 for case in found.values())
     assert found[4096, 1].config.pe_interpolation == 8
     assert variants("cuda") == list(VARIANTS)
-
-
-def test_a_row_for_each_case_whatever_becomes_of_it(monkeypatch) -> None:
-    given: list[float] = []
-
-    def fail(case, device, dtype, seconds):
-        given.append(seconds)
-        if case.batch == 8:
-            raise RuntimeError("no")
-        return {"timings": {}}
-
-    monkeypatch.setattr(generation_module, "time_case", fail)
-    saved: list[list[str]] = []
-
-    def save(rows: list[dict]) -> None:
-        saved.append(
-            [next(k for k in ("timings", "failed", "not_measured") if k in row) for row in rows]
-        )
-
-    several = [CASE, GenerationCase("small", SMALL, 8, 3, 30)]
-    run(several, torch.device("cuda"), torch.bfloat16, 400.0, save)
-    assert saved == [["timings", "not_measured"], ["timings", "failed"]]
-    # more than its share, because a GPU's compiles need it
-    assert given[0] == 240 and 399 < given[1] <= 400
-    rows = run(several, torch.device("cuda"), torch.bfloat16, 100.0)
-    assert [row["not_measured"] for row in rows] == ["100 s were over"] * 2
 
 
 def test_command_resumes_and_the_report_shows_it(tmp_path, monkeypatch, timed) -> None:

@@ -17,7 +17,6 @@ from benchmarks.model import (
     cases,
     errors,
     models,
-    run,
     time_case,
     variants,
 )
@@ -136,26 +135,6 @@ def test_cases_of_a_gpu_are_of_xl_2_at_every_size() -> None:
     assert {case.batch for case in found.values() if case.which == "forward"} == {2}
     assert found[256, "step"].batch == 64 and found[16384, "step"].batch == 1
     assert all(case.config.depth == 28 for case in found.values())
-
-
-def test_a_row_for_each_case_whatever_becomes_of_it(monkeypatch) -> None:
-    def fail(case, *_):
-        if case.which == "step":
-            raise RuntimeError("no")
-        return {"timings": {}}
-
-    monkeypatch.setattr(model_module, "time_case", fail)
-    saved: list[list[str]] = []
-
-    def save(rows: list[dict]) -> None:
-        saved.append(
-            [next(k for k in ("timings", "failed", "not_measured") if k in row) for row in rows]
-        )
-
-    run(list(CASES.values()), CPU, torch.float32, 60.0, save)
-    assert saved == [["timings", "not_measured"], ["timings", "failed"]]
-    (row, _) = run(list(CASES.values()), CPU, torch.float32, 0.0)
-    assert row["not_measured"] == "0 s were over"
 
 
 def test_command_resumes_and_the_report_shows_it(tmp_path, monkeypatch, timed) -> None:
