@@ -236,7 +236,6 @@ def generate(
     )
     output.mkdir(parents=True, exist_ok=True)
     loras = _loras(lora)
-    # names alone: pictures are shown to people who have no business with this machine's paths
     note = _note(model, loras)
     pipeline = PixArtPipeline.from_pretrained(
         model,
@@ -488,7 +487,7 @@ def _must_be_new(target: Path) -> None:
 
 
 def _note(model: Path, loras: list[tuple[Path, float]]) -> dict[str, Any]:
-    """What pictures say of their model: names, and no more of this machine's folders."""
+    """What pictures say of their model: names alone, because strangers see them."""
     folder = model.resolve()
     # every training run exports to a folder of this name
     name = folder.parent.name if folder.name == "pipeline" else folder.name
