@@ -1,4 +1,5 @@
-// The only list of op schemas. Every op is functional; kernels register themselves per device.
+// The only list of op schemas. Ops are functional, but for an optimiser's step; kernels register
+// themselves per device.
 #include <torch/csrc/stable/library.h>
 
 STABLE_TORCH_LIBRARY(pixart_kernels, m) {
@@ -60,4 +61,17 @@ STABLE_TORCH_LIBRARY(pixart_kernels, m) {
       "compress_kv_bwd(Tensor dout, Tensor kv, SymInt height, SymInt width, Tensor weight,"
       " Tensor bias, Tensor norm_weight, Tensor norm_bias, Tensor stats) -> (Tensor dkv,"
       " Tensor dweight, Tensor dbias, Tensor dnorm_weight, Tensor dnorm_bias)");
+
+  // A step of CAME for weights of one shape: of two dimensions or more, and of fewer. All are
+  // contiguous; averages are fp32.
+  m.def(
+      "came_matrices(Tensor(a!)[] weights, Tensor[] gradients, Tensor(b!)[] exp_avg,"
+      " Tensor(c!)[] exp_avg_sq_row, Tensor(d!)[] exp_avg_sq_col, Tensor(e!)[] exp_avg_res_row,"
+      " Tensor(f!)[] exp_avg_res_col, float lr, float beta_moment, float beta_square,"
+      " float beta_deviation, float eps_square, float eps_deviation, float clip_threshold,"
+      " float weight_decay) -> ()");
+  m.def(
+      "came_vectors(Tensor(a!)[] weights, Tensor[] gradients, Tensor(b!)[] exp_avg,"
+      " Tensor(c!)[] exp_avg_sq, float lr, float beta_moment, float beta_square, float eps_square,"
+      " float clip_threshold, float weight_decay) -> ()");
 }

@@ -13,6 +13,7 @@ from pixart_kernels.adaln import (
     gated_residual_adaln,
 )
 from pixart_kernels.attention import attention, cross_attention, self_attention
+from pixart_kernels.came import came_step
 from pixart_kernels.dispatch import chosen as chosen_backend
 from pixart_kernels.dispatch import current_backend, use_backend
 from pixart_kernels.kv_compression import compress_kv
@@ -26,6 +27,7 @@ __all__ = [
     "adaln_single",
     "attention",
     "bias_gelu",
+    "came_step",
     "chosen_backend",
     "compress_kv",
     "cross_attention",

@@ -23,6 +23,16 @@ def _calls() -> dict:
     kv, lengths = torch.stack([k, v], dim=2), torch.tensor([3], dtype=torch.int32)
     conv = torch.randn(D, 1, 2, 2), torch.randn(D), torch.randn(D), torch.randn(D)
     flat_kv = kv.flatten(3)
+
+    def came_step(**o) -> torch.Tensor:
+        shapes = {"exp_avg": (4, D), "exp_avg_sq_row": (4,), "exp_avg_sq_col": (D,)}
+        shapes |= {"exp_avg_res_row": (4,), "exp_avg_res_col": (D,)}
+        state = {name: [torch.zeros(shape)] for name, shape in shapes.items()}
+        settings = {"lr": 1e-3, "betas": (0.9, 0.999, 0.9999), "eps": (1e-30, 1e-16)}
+        weight = table[:4].clone()
+        pk.came_step([weight], [x[0]], state, **settings, clip_threshold=1.0, weight_decay=0.0, **o)
+        return weight
+
     return {
         "adaln_single": lambda **o: pk.adaln_single(x, table, t, shift_row=0, scale_row=1, **o),
         "adaln_modulate": lambda **o: pk.adaln_modulate(x, t[:, :D], t[:, D : 2 * D], **o),
@@ -34,6 +44,7 @@ def _calls() -> dict:
         "attention": lambda **o: pk.attention(q, k, v, **o),
         "cross_attention": lambda **o: pk.cross_attention(q, kv, lengths, **o),
         "compress_kv": lambda **o: pk.compress_kv(flat_kv, 2, 2, *conv, ratio=2, **o),
+        "came_step": came_step,
         "bias_gelu": lambda **o: pk.bias_gelu(x, table[0], **o),
     }
 

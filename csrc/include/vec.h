@@ -7,6 +7,7 @@
 
 #include <torch/headeronly/util/Half.h>
 
+#include <cmath>
 #include <cstdint>
 #include <cstring>
 #include <type_traits>
@@ -159,6 +160,15 @@ PIXART_INLINE F32x8 at_most(F32x8 v, float bound) {
   return (F32x8)_mm256_min_ps((__m256)splat(bound), (__m256)v);
 #else
   return v > bound ? splat(bound) : v;
+#endif
+}
+
+PIXART_INLINE F32x8 square_root(F32x8 v) {
+#ifdef __AVX2__
+  return (F32x8)_mm256_sqrt_ps((__m256)v);
+#else
+  for (int i = 0; i < kLanes; ++i) v[i] = std::sqrt(v[i]);
+  return v;
 #endif
 }
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,12 +13,14 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor import zeros as sharded_zeros
 
+import pixart_kernels as pk
 from pixart.training.recipe import Optimizer
 
-# elements updated together: on a CPU what its cache holds (width 288 took 1.3 times as long with
-# 2^20 as with 2^18, and 2.2 times with 2^22); on a GPU scratch of 256 MiB for each of two tensors,
-# which has not been tuned
-_TOGETHER = {"cpu": 1 << 18, "cuda": 1 << 26}
+# what CAME keeps of a parameter: of one dimension or none, and of more
+_AVERAGES = (
+    ("exp_avg", "exp_avg_sq"),
+    ("exp_avg", "exp_avg_sq_row", "exp_avg_sq_col", "exp_avg_res_row", "exp_avg_res_col"),
+)
 
 
 def make_optimizer(
@@ -61,8 +64,7 @@ class CAME(torch.optim.Optimizer):
 
     Of a weight it keeps one moment and, of squared gradients and of squared deviations, row and
     column means over the last two dimensions. Parameters of one shape are updated together, in
-    fewer passes: the product of two means is formed once, and a deviation is computed from the
-    moment before its update, ``u - m' = beta_1 (u - m)``.
+    four passes over them: :func:`pixart_kernels.came_step`.
 
     Args:
         params: float parameters of any shape. DTensors may be replicated, or sharded along their
@@ -125,76 +127,31 @@ class CAME(torch.optim.Optimizer):
             for p in group["params"]:
                 if p.grad is not None:
                     layout = (p.device_mesh, p.placements) if isinstance(p, DTensor) else None
-                    alike.setdefault((p.shape, p.dtype, p.device, layout), []).append(p)
-            for (shape, _, device, _), params in alike.items():
-                together = _TOGETHER.get(device.type, _TOGETHER["cuda"])
-                count = max(1, together // max(1, shape.numel()))
-                for start in range(0, len(params), count):
-                    self._update(params[start : start + count], group)
+                    key = p.shape, p.dtype, p.grad.dtype, p.device, layout
+                    alike.setdefault(key, []).append(p)
+            for (shape, *_), params in alike.items():
+                self._update(params, shape, group)
         return loss
 
-    def _update(self, params: list[Tensor], group: dict[str, Any]) -> None:
+    def _update(self, params: list[Tensor], shape: torch.Size, group: dict[str, Any]) -> None:
         """One step of ``params``, which share shape, precision, device and layout."""
-        shape, factored = params[0].shape, params[0].ndim > 1
-        beta_moment, beta_square, beta_deviation = group["betas"]
         shards = _shards(params[0])
         for p in params:
             if not self.state[p]:
                 self.state[p] = _fresh_state(p)
-
-        def state(name: str) -> list[Tensor]:
-            return [_local(self.state[p][name]) for p in params]
-
-        def total(x: Tensor) -> Tensor:
-            if shards is not None:
-                dist.all_reduce(x, group=shards)
-            return x
-
-        def factors(kind: str, beta: float, squares: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-            """Of the mean of ``squares`` so far, 1 / sqrt as a column times a row."""
-            # rows of a matrix are what its shards are cut from; further dimensions hold them whole
-            across = total if len(shape) == 2 else _unchanged
-            columns = across(squares.sum(-2)).div_(shape[-2])
-            row = _smoothed(state(f"exp_avg_{kind}_row"), squares.mean(-1).add_(eps), beta)
-            column = _smoothed(state(f"exp_avg_{kind}_col"), columns.add_(eps), beta)
-            mean = across(row.sum(-1, keepdim=True)).div_(shape[-2])
-            return row.div_(mean).rsqrt_(), column.rsqrt_()
-
-        weights = [_local(p) for p in params]
-        gradients = _stacked([_local(p.grad) for p in params]).float()  # type: ignore[arg-type]
-        dims = tuple(range(1, gradients.ndim))
-        scratch = gradients.square()
-        if factored:
-            row, column = factors("sq", beta_square, scratch, group["eps"][0])
-            # (g r c)^2 summed over a row is r^2 times the product of g^2 with c^2
-            squares = scratch.matmul(column.square().unsqueeze(-1)).squeeze(-1)
-            mean_square = squares.mul_(row.square()).sum(dims[:-1], keepdim=True)
-        else:
-            scale = _smoothed(state("exp_avg_sq"), scratch.add_(group["eps"][0]), beta_square)
-            scale.rsqrt_()
-            mean_square = (gradients * scale).square_().sum(dims, keepdim=True)
-        root = total(mean_square).div_(shape.numel()).sqrt_()
-        clip = root.div_(group["clip_threshold"]).clamp_(min=1)
-        if factored:
-            row.div_(clip)
-            scale = torch.mul(row.unsqueeze(-1), column.unsqueeze(-2), out=scratch)
-        else:
-            scale.div_(clip)
-
-        moments = state("exp_avg")
-        # moment - update, and so the moment's own step
-        behind = torch._foreach_addcmul(moments, gradients.unbind(), scale.unbind(), value=-1)
-        torch._foreach_add_(moments, behind, alpha=beta_moment - 1)
-        lr, decay = group["lr"], group["weight_decay"]
-        if decay != 0:
-            torch._foreach_add_(weights, weights, alpha=-decay * lr)
-        if not factored:
-            torch._foreach_add_(weights, moments, alpha=-lr)
-            return
-        deviations = torch.square(_stacked(behind), out=scratch).mul_(beta_moment**2)
-        row, column = factors("res", beta_deviation, deviations, group["eps"][1])
-        torch.mul(row.mul_(-lr).unsqueeze(-1), column.unsqueeze(-2), out=scratch)
-        torch._foreach_addcmul_(weights, moments, scratch.unbind())
+        states = [self.state[p] for p in params]
+        pk.came_step(
+            [_local(p) for p in params],
+            [_local(p.grad) for p in params],  # type: ignore[arg-type]
+            {name: [_local(s[name]) for s in states] for name in _AVERAGES[len(shape) > 1]},
+            lr=group["lr"],
+            betas=group["betas"],
+            eps=group["eps"],
+            clip_threshold=group["clip_threshold"],
+            weight_decay=group["weight_decay"],
+            shape=shape,
+            reduce=None if shards is None else partial(dist.all_reduce, group=shards),
+        )
 
 
 def _fresh_state(p: Tensor) -> dict[str, Tensor]:
@@ -232,17 +189,3 @@ def _shards(p: Tensor) -> dist.ProcessGroup | None:
 
 def _local(x: Tensor) -> Tensor:
     return x.to_local() if isinstance(x, DTensor) else x
-
-
-def _unchanged(x: Tensor) -> Tensor:
-    return x
-
-
-def _stacked(tensors: list[Tensor] | tuple[Tensor, ...]) -> Tensor:
-    return torch.stack(list(tensors)) if len(tensors) > 1 else tensors[0].unsqueeze(0)
-
-
-def _smoothed(averages: list[Tensor], values: Tensor, beta: float) -> Tensor:
-    """Takes ``values`` into the moving averages; returns these, stacked."""
-    torch._foreach_lerp_(averages, values.unbind(), 1 - beta)
-    return torch.stack(averages)

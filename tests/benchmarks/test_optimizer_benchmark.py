@@ -8,23 +8,37 @@ from pathlib import Path
 import pytest
 import torch
 
+import pixart_kernels as pk
 from benchmarks import optimizer
-from benchmarks.optimizer import OURS, THEIRS, error, main, optimizers, shapes
+from benchmarks.optimizer import ADAMW, THEIRS, backends, errors, main, optimizers, shapes, step
 
 pytest.importorskip("came_pytorch")
+
+CPU = torch.device("cpu")
 
 
 def test_shapes_are_a_pixarts() -> None:
     assert sum(size.numel() for size in shapes(1152, 28)) == 610_856_096
 
 
-def test_an_optimiser_that_went_elsewhere_is_off() -> None:
-    found = optimizers([torch.Size((3, 4)), torch.Size((5,))], torch.device("cpu"))
+@pytest.mark.parametrize("name", backends(CPU))
+def test_an_optimiser_that_went_elsewhere_is_off(name: str) -> None:
+    found = optimizers([torch.Size((3, 4)), torch.Size((5,))], CPU)
     start = found[THEIRS][0][0].detach().clone()
     assert all(torch.equal(parameters[0], start) for parameters, _ in found.values())
-    assert error(found) < 1e-4
-    found[OURS][1].param_groups[0]["lr"] *= 1.01
-    assert error(found) > 1e-3
+    assert max(errors(found).values()) < 1e-4
+    found[name][1].param_groups[0]["lr"] *= 1.01
+    assert [of for of, error in errors(found).items() if error > 1e-3] == [name]
+
+
+def test_each_is_timed_on_its_backend(monkeypatch: pytest.MonkeyPatch) -> None:
+    ran = []
+    monkeypatch.setattr(optimizer.CAME, "step", lambda self: ran.append(pk.current_backend()))
+    found = optimizers([torch.Size((2,))], CPU)
+    for name in backends(CPU):
+        step(found, name)
+    assert ran == backends(CPU)
+    assert ran[-1] == "reference" and list(found) == [THEIRS, *ran, ADAMW]
 
 
 def test_command_writes_a_row_for_each_model(
@@ -33,11 +47,12 @@ def test_command_writes_a_row_for_each_model(
     monkeypatch.setattr(optimizer, "MODELS", ((72, 1),))
     monkeypatch.setattr("benchmarks.timing.ROUND_SECONDS", 0.01)
     monkeypatch.setattr("benchmarks.timing.PAUSE_SECONDS", 0.0)
-    main(["--output", str(tmp_path), "--seconds", "0"])
+    main(["--output", str(tmp_path), "--budget", "0"])
     (row,) = map(json.loads, (tmp_path / "optimizer.jsonl").read_text().splitlines())
-    assert set(row["timings"]) == {"CAME", "came-pytorch", "fused AdamW"}
-    assert (row["width"], row["depth"]) == (72, 1) and row["error"] < 1e-3
+    assert set(row["timings"]) == {"came-pytorch", *backends(CPU), "fused AdamW"}
+    assert (row["op"], row["width"], row["depth"]) == ("came_step", 72, 1)
+    assert max(row["error"].values()) < 1e-3 and not row["incorrect"]
     assert row["commit"] and row["speedups"]["came-pytorch"]["median"] == 1
-    monkeypatch.setattr(optimizer, "error", lambda found: float("nan"))
-    with pytest.raises(SystemExit, match="width 72: our CAME is nan of its way"):
-        main(["--output", str(tmp_path), "--seconds", "0"])
+    monkeypatch.setattr(optimizer, "errors", lambda found: {"native": float("nan")})
+    with pytest.raises(SystemExit, match="width 72: native is nan of the way off came-pytorch"):
+        main(["--output", str(tmp_path), "--budget", "0"])
