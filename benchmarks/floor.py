@@ -9,7 +9,6 @@ results that has them. Writes ``benchmarks/results/cpu/floor.jsonl``.
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, replace
@@ -29,10 +28,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks.attention import ROOF
 from benchmarks.block import only
 from benchmarks.cuda import COPY
-from benchmarks.environment import RESULTS, environment, write
+from benchmarks.environment import RESULTS, environment, read, write
 from pixart import PixArt, PixArtConfig
 from pixart.checkpoints import diffusers_config
-from pixart.planning import Site, block_sites, model_flops, seconds, tokens_of
+from pixart.floor import Site, block_sites, model_flops, seconds, tokens_of
 
 PIXELS = (256, 512, 1024, 2048)
 TEXTS = (120, 300)
@@ -146,11 +145,7 @@ def measured_rates(folder: Path) -> tuple[float, float]:
 
     Raises ValueError where they were not measured.
     """
-    rows = [
-        json.loads(line)
-        for file in sorted(folder.glob("*.jsonl"))
-        for line in file.read_text().splitlines()
-    ]
+    rows = [row for file in sorted(folder.glob("*.jsonl")) for row in read(file)]
     timed = [row for row in rows if "timings" in row]
     products = [
         row["roof_flops"] / row["timings"][ROOF]["median"]

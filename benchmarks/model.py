@@ -56,6 +56,8 @@ class ModelCase:
             **{"model": self.name, "pass": self.which},
             **{"shape": [self.batch, tokens, self.config.hidden_size], "text": self.text},
             "lengths": list(self.lengths),
+            # by which plans of recipes find it
+            "config": self.config.to_dict(),
         }
 
     def inputs(self, device: torch.device, dtype: torch.dtype) -> list[Tensor]:
@@ -163,8 +165,8 @@ def variants(
         STOCK: Variant(definitions, stock, _call_stock),
         EAGER: Variant(definitions, ours, _call_ours),
     }
+    auto = partial(pk.use_backend, "auto")
     if device.type == "cpu":
-        auto = partial(pk.use_backend, "auto")
         return {**found, "auto": Variant(auto, ours, _call_ours)}
     x = next(ours.parameters())
     for backend in ("triton", "cuda"):
@@ -181,6 +183,9 @@ def variants(
         }
     for name, variant in list(found.items()):
         found[f"{name}, compiled"] = replace(variant, module=_compiled(variant.module))
+    # what training takes
+    if which == "step":
+        found["auto"] = Variant(auto, ours, _call_ours)
     return {**found, **graphed}
 
 

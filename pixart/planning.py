@@ -1,164 +1,25 @@
 """What a training run will take: memory, time, money, energy.
 
-Every number is a prediction. It rests on a measured run where there is one, and otherwise on a
-floor, what a block must compute and move at a device's peak rates, over the share of that floor
-which the runs of the PixArt-alpha paper reached.
+Every number is a prediction. It rests on what was measured where there is something, a run or a
+benchmark, and otherwise on a floor, what a step must compute and move at a device's peak rates,
+over the share of that floor which the runs of the PixArt-alpha paper reached.
 """
 
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from statistics import median
 from typing import Any
 
-import torch
 import yaml
 from rich.table import Table
 
-from pixart.config import PixArtConfig
+from pixart.floor import seconds
+from pixart.training.cost import MOMENTS, memory, tokens, weights, work
 from pixart.training.recipe import TrainRecipe
-
-ELEMENT = 2  # bytes: bf16 or fp16
-
-
-@dataclass(frozen=True)
-class Site:
-    """A place of a block: of one pass the FLOPs of its products, and its bytes."""
-
-    name: str
-    flops: int
-    bytes: int
-    backward_flops: int
-    backward_bytes: int
-
-
-def tokens_of(pixels: int, config: PixArtConfig) -> int:
-    """Tokens of a square picture, or of any with its area.
-
-    The autoencoder is one of factor 8, as all that PixArt was published with.
-    """
-    return (pixels // 8 // config.patch_size) ** 2
-
-
-def block_sites(
-    config: PixArtConfig,
-    tokens: int,
-    text: int,
-    batch: int = 1,
-    residual: int = ELEMENT,
-    *,
-    element: int = ELEMENT,
-    layer: int = 0,
-) -> list[Site]:
-    """The sites of one block, in the order of its forward.
-
-    An op reads each of its inputs once and writes each of its outputs once, in elements of
-    ``element`` bytes; ``residual`` is the bytes of an element of the residual stream. The
-    backward's bytes contain what it makes again. Vectors (tables, biases, lengths, statistics) are
-    left out, as are sums of gradients outside of ops. A class model has no sites of text.
-    """
-    a, r, D, F = element, residual, config.hidden_size, int(config.hidden_size * config.mlp_ratio)
-    BN, BL = batch * tokens, batch * text
-    image = BN * D  # elements of a tensor of image tokens
-    both = a + (a if r != a else 0)  # a branch, or what asks the text, where it needs a copy
-    reads_text = config.conditioning != "class"
-
-    def matmul(name: str, rows: int, inputs: int, outputs: int) -> Site:
-        flops, weight = 2 * rows * inputs * outputs, inputs * outputs
-        once = a * (rows * (inputs + outputs) + weight)
-        # the input's gradient, and the weight's: each reads the output's
-        return Site(name, flops, once, 2 * flops, 2 * once)
-
-    def attend(name: str, keys: int, of_keys: int) -> Site:
-        flops = 4 * batch * tokens * keys * D
-        # scores again, and four products; reads q, out, its gradient and k, v, writes three
-        return Site(
-            name,
-            flops,
-            a * (2 * image + of_keys),
-            5 * flops // 2,
-            a * (4 * image + 2 * of_keys),
-        )
-
-    def elementwise(name: str, forward: int, backward: int) -> Site:
-        return Site(name, 0, forward, 0, backward)
-
-    # as many of each token's keys and values remain
-    ratio = config.compression_ratio(layer) ** 2
-    kept = 2 * image // ratio
-    enter = (2 * r + 2 * a) * image
-    add = (2 * r + both) * image
-    normalise = (2 * r + 2 * a) * image
-    gelu = 2 * a * BN * F
-    # backward: x, the branch and the gradients of x and h; of x and of the branch. And again.
-    enter_backward = (3 * r + 3 * a) * image + enter
-    sites = [
-        elementwise("add MLP, LN-modulate", enter, enter_backward),
-        matmul("qkv", BN, D, 3 * D),
-    ]
-    if ratio > 1:
-        # backward: k, v and the gradient, their gradient; and again
-        compress = a * (2 * image + kept)
-        sites.append(elementwise("compress k, v", compress, a * (4 * image + kept) + compress))
-    sites += [
-        attend("self-attention", tokens // ratio, kept),
-        matmul("proj", BN, D, D),
-    ]
-    if reads_text:
-        sites += [
-            # backward: the branch, the gradients of x and of the query; of x and of the branch
-            elementwise("add attention", add, (2 * r + 3 * a) * image + add),
-            matmul("text: q", BN, D, D),
-            matmul("text: k, v", BL, D, 2 * D),
-            attend("cross-attention", text, 2 * BL * D),
-            matmul("text: proj", BN, D, D),
-            # backward: x, the gradients of x and h; of x, and rounded for the branch. Again, h
-            # alone.
-            elementwise(
-                "add text, LN-modulate",
-                normalise,
-                (3 * r + a + (both - a) + r + a) * image,
-            ),
-        ]
-    else:
-        sites.append(elementwise("add attention, LN-modulate", enter, enter_backward))
-    return [
-        *sites,
-        matmul("fc1", BN, D, F),
-        elementwise("GELU", gelu, gelu * 3 // 2 + gelu),
-        matmul("fc2", BN, F, D),
-    ]
-
-
-def model_flops(config: PixArtConfig, tokens: int, text: int, batch: int = 1) -> int:
-    """Of one forward of a whole model: matrix products, attention, the first convolution."""
-    blocks = (
-        site.flops
-        for layer in range(config.depth)
-        for site in block_sites(config, tokens, text, batch, layer=layer)
-    )
-    return sum(blocks) + _flops_outside(config, tokens, text, batch)
-
-
-def _flops_outside(config: PixArtConfig, tokens: int, text: int, batch: int) -> int:
-    """Of a forward, outside its blocks or once for them all."""
-    D, p = config.hidden_size, config.patch_size
-    ends = batch * tokens * D * p * p * (config.in_channels + config.out_channels)
-    captions = batch * text * D * (config.caption_channels + D)
-    if config.conditioning == "class":
-        captions = 0
-    # the final layer's are a table's, or a matrix's as every block's
-    modulations = 6 if config.conditioning == "adaln_single" else 6 * config.depth + 2
-    times = batch * D * (256 + D + modulations * D)
-    return 2 * (ends + captions + times)
-
-
-def seconds(flops: int, moved: int, tflops: float, gbs: float) -> float:
-    """The least that an op takes at these rates: what it waits for longer."""
-    return max(flops / (1e12 * tflops), moved / (1e9 * gbs))
 
 
 @dataclass(frozen=True)
@@ -179,6 +40,8 @@ class Device:
     dollars_per_hour: float
 
 
+# from NVIDIA's data sheets "V100 Tensor Core GPU" (SXM2), "A100 Tensor Core GPU" (80GB SXM), "H100
+# Tensor Core GPU" (SXM) and "H200 Tensor Core GPU" (SXM): what those give with sparsity is halved
 DEVICES = {
     # the price: the alpha paper's 28,400 dollars for its 1656 GPU-days
     "v100": Device("NVIDIA V100 SXM2 32 GB", "Tesla V100-SXM2-32GB", 125, 15.7, 900, 32, 300, 0.71),
@@ -190,11 +53,11 @@ DEVICES = {
 }
 
 # share of the floor reached by the five stages of the PixArt-alpha paper on V100s (arXiv:2310.00426
-# table 4), all blocks recomputed: 0.37, 0.35 and 0.34 at 256px, 0.45 at 512px, 0.11 at 1024px. The
-# first is the one prediction rests on, the others are the range that is given with it
+# table 4), all blocks recomputed: 0.37, 0.35 and 0.34 at 256px, 0.45 at 512px, and at 1024px, where
+# self-attention is taken to have run in float32, 0.35. The second is the one that prediction rests
+# on, the others are the range that is given with it
 EFFICIENCY = 0.35
-BEST_EFFICIENCY, WORST_EFFICIENCY, WORST_LONG_EFFICIENCY = 0.46, 0.33, 0.11
-LONG = 4096  # tokens
+BEST_EFFICIENCY, WORST_EFFICIENCY = 0.46, 0.33
 
 # grams of CO2 equivalents a kWh: the world's electricity in 2023 (Ember)
 WORLD_GRID = 481.0
@@ -211,6 +74,7 @@ class Plan:
     count: int
     basis: str
     parameters: int
+    trained: int
     images: int
     memory: dict[str, int]
     memory_available: int
@@ -242,6 +106,7 @@ def plan(
     measured: Path | None = None,
     dollars_per_hour: float | None = None,
     grid: float = WORLD_GRID,
+    float32_attention: bool = False,
 ) -> Plan:
     """Predicts what a recipe takes on ``count`` devices.
 
@@ -250,21 +115,18 @@ def plan(
         device: one of ``DEVICES``, or your own.
         count: processes, each with a device.
         efficiency: share of the floor that is reached; default: that of the alpha paper's runs.
-        measured: folder of a run of the same recipe, of any number of steps, on such devices: its
-            images per second and process are taken instead.
+        measured: what such devices took. The folder of a run of the same recipe, of any number of
+            steps: its images per second and process are taken. Or results of ``python -m benchmarks
+            model``, a file or its folder: the share of the floor that the same model reached there
+            at the same size, and where ``optimizer.jsonl`` lies beside it, the optimiser's time.
         dollars_per_hour: of one device; default: the device's.
         grid: grams of CO2 equivalents a kWh.
+        float32_attention: self-attention's products are in float32, as in the official code.
 
     Raises:
-        ValueError: a number is out of range, the measured run is of another recipe, or the recipe
-            has lora, distill or control, whose weights and passes are not counted.
+        ValueError: a number is out of range, or what was measured is of something else.
+        ModuleNotFoundError: the recipe has lora, and peft is not installed.
     """
-    for name in ("lora", "distill", "control"):
-        if getattr(recipe, name) is not None:
-            raise ValueError(
-                f"the recipe has {name}, which cannot be planned: train a few steps and read "
-                "images_per_second and memory_gib in the run's log.jsonl"
-            )
     for name, value in {"count": count, "efficiency": efficiency or 1, "grid": grid}.items():
         if not value > 0:
             raise ValueError(f"{name} is {value}; accepted: above 0")
@@ -275,25 +137,21 @@ def plan(
         raise ValueError("efficiency and a measured run are two answers to one question: give one")
     images = recipe.batch_size * recipe.gradient_accumulation * count // sequence
     if measured is not None:
-        speed, what = _measured_speed(measured, recipe, device)
-        step = images / (speed * count)
+        step, what = _measured_step(measured, recipe, device)
         best = worst = step
         basis = f"{what}, and no loss with more devices"
     else:
-        floor = floor_seconds(recipe, device)
+        floor = floor_seconds(recipe, device, float32_attention=float32_attention)
         reached = EFFICIENCY if efficiency is None else efficiency
-        step = floor / reached
-        best, worst = step, step
+        step = best = worst = floor / reached
         basis = f"{reached:.0%} of the floor at the device's peak rates, as was given"
         if efficiency is None:
-            long = _tokens(recipe) >= LONG
-            worst = floor / (WORST_LONG_EFFICIENCY if long else WORST_EFFICIENCY)
-            best = floor / BEST_EFFICIENCY
+            best, worst = floor / BEST_EFFICIENCY, floor / WORST_EFFICIENCY
             basis = (
                 f"{EFFICIENCY:.0%} of the floor at the device's peak rates, which the PixArt-alpha "
-                "paper's runs reached at 256px; the range is that of its stages to "
-                f"{1024 if long else 512}px"
+                "paper's runs reached at 256px; the range is that of its stages"
             )
+    size = weights(recipe)
     days = recipe.steps / 86400
     device_days = step * days * count
     kwh = device_days * 24 * device.watts / 1000
@@ -302,7 +160,8 @@ def plan(
         device=device.name,
         count=count,
         basis=basis,
-        parameters=_parameters(recipe.config),
+        parameters=size.trained + size.frozen,
+        trained=size.trained,
         images=images * recipe.steps,
         memory=memory(recipe, count),
         memory_available=int(device.memory_gb * 1e9),
@@ -334,6 +193,8 @@ def table(found: Plan) -> Table:
     parts = ", ".join(f"{name} {size / gib:.1f}" for name, size in found.memory.items() if size)
     verdict = "" if found.fits else "  [bold red]does not fit[/]"
     rows.add_row("parameters", f"{found.parameters:,}")
+    if found.trained != found.parameters:
+        rows.add_row("of which are trained", f"{found.trained:,}")
     rows.add_row("images", f"{found.images:,}")
     rows.add_row(
         "memory of each, GiB",
@@ -349,100 +210,47 @@ def table(found: Plan) -> Table:
     return rows
 
 
-def floor_seconds(recipe: TrainRecipe, device: Device) -> float:
+def floor_seconds(recipe: TrainRecipe, device: Device, *, float32_attention: bool = False) -> float:
     """The least that a device takes for its part of a step: forward, backward, what is recomputed,
     the optimiser and the averaged weights. Communication and data are not counted."""
-    config, text = recipe.config, _text(recipe)
-    batch, tokens = recipe.batch_size, _tokens(recipe)
-    half = recipe.mixed_precision != "no"
-    element, tflops = (2, device.tflops) if half else (4, device.float32_tflops)
-    total = 0.0
-    for layer in range(config.depth):
-        for site in block_sites(
-            config, tokens, text, batch, residual=4, element=element, layer=layer
-        ):
-            forward = seconds(site.flops, site.bytes, tflops, device.gbs)
-            again = recipe.gradient_checkpointing is True or (
-                recipe.gradient_checkpointing == "selective"
-                and (site.name.startswith(("text", "cross")) or site.name == "fc1")
-            )
-            total += forward * (2 if again else 1)
-            total += seconds(site.backward_flops, site.backward_bytes, tflops, device.gbs)
-    total += 3 * _flops_outside(config, tokens, text, batch) / (1e12 * tflops)
-    total *= recipe.gradient_accumulation / recipe.parallel.sequence
-    # weights, gradients and moments are read once, weights and moments written; the average too
-    state = _optimizer_bytes(recipe)
-    moved = 12 + 2 * state + (12 if recipe.ema_decay is not None else 0)
-    return total + moved * _parameters(config) / (1e9 * device.gbs)
+    once = pass_seconds(recipe, device, float32_attention=float32_attention)
+    once *= recipe.gradient_accumulation / recipe.parallel.sequence
+    return once + sum(_update_seconds(recipe, device))
 
 
-def memory(recipe: TrainRecipe, count: int = 1) -> dict[str, int]:
-    """Bytes that each of ``count`` devices needs, by what needs them.
+def pass_seconds(
+    recipe: TrainRecipe, device: Device, residual: int = 4, *, float32_attention: bool = False
+) -> float:
+    """Of a micro-batch, the least: forward, backward and what is recomputed.
 
-    Activations are those that docs/memory.md counts, scaled; ``working`` is a block with all that
-    its backward makes again, which is an estimate. What the allocator wastes, the CUDA context
-    and encoders are not counted.
+    ``residual`` is the bytes of an element of the residual stream. ``float32_attention``: the
+    products of self-attention are in float32, as in the official code.
     """
-    config = recipe.config
-    D, F = config.hidden_size, config.mlp_ratio
-    parameters, shares = _parameters(config), 1
-    if recipe.parallel.strategy == "fsdp":
-        shares = count
-    found = {
-        "weights": 4 * parameters // shares,
-        "gradients": 4 * parameters // shares,
-        "optimizer": _optimizer_bytes(recipe) * parameters // shares,
-        "average": (4 * parameters // shares) if recipe.ema_decay is not None else 0,
-    }
-    half = recipe.mixed_precision != "no"
-    # autocast keeps its copies until the backward; FSDP gathers two blocks at a time instead
-    gathered = 2 * parameters // config.depth if shares > 1 else parameters
-    found["weights in 16 bits" if half else "gathered weights"] = (
-        2 * gathered if half else (4 * gathered if shares > 1 else 0)
+    fast = device.float32_tflops if recipe.mixed_precision == "no" else device.tflops
+    rates = {"self-attention": device.float32_tflops} if float32_attention else {}
+    return sum(
+        seconds(flops, moved, rates.get(name, fast), device.gbs)
+        for name, flops, moved in work(recipe, residual)
     )
-    if count > 1 and shares == 1:
-        found["buckets of gradients"] = 4 * parameters
-    rows = recipe.batch_size * _tokens(recipe) // recipe.parallel.sequence
-    element = 2 if half else 4
-    # in widths of a token; the residual stream is float32, two of a 16-bit width
-    stream = 4 // element
-    kept = {
-        False: 8 + F + stream,
-        "selective": 6 + stream,
-        True: stream,
-    }[recipe.gradient_checkpointing]
-    texts = 0 if recipe.gradient_checkpointing is not False else 2
-    of_text = recipe.batch_size * _text(recipe) * texts
-    found["activations"] = int(config.depth * D * element * (rows * kept + of_text))
-    found["working"] = int(rows * D * element * (17 + F + stream))
-    return found
 
 
-def _optimizer_bytes(recipe: TrainRecipe) -> int:
-    """Of a parameter's moments. CAME's row and column means are next to nothing."""
-    return {"adamw": 8, "came": 4, "adamw-8bit": 2}[recipe.optimizer.name]
+def _update_seconds(recipe: TrainRecipe, device: Device) -> tuple[float, float]:
+    """Of the optimiser and of the averaged weights, the least."""
+    # weights, gradients and moments are read once, weights and moments written; the average too
+    optimizer = 12 + 2 * MOMENTS[recipe.optimizer.name]
+    average = 12 if recipe.ema_decay is not None else 0
+    each = weights(recipe).trained / (1e9 * device.gbs)
+    return optimizer * each, average * each
 
 
-def _tokens(recipe: TrainRecipe) -> int:
-    return tokens_of(recipe.data.size or 8 * recipe.config.input_size, recipe.config)
-
-
-def _text(recipe: TrainRecipe) -> int:
-    """Tokens of a caption, at most."""
-    return 0 if recipe.config.conditioning == "class" else recipe.config.max_caption_tokens
-
-
-@cache
-def _count(config: str) -> int:
-    from pixart.model import PixArt
-
-    with torch.device("meta"):
-        model = PixArt(PixArtConfig.from_dict(json.loads(config)))
-    return sum(p.numel() for p in model.parameters())
-
-
-def _parameters(config: PixArtConfig) -> int:
-    return _count(json.dumps(config.to_dict()))
+def _measured_step(path: Path, recipe: TrainRecipe, device: Device) -> tuple[float, str]:
+    """Seconds of a step by what was measured, and what that was, in words."""
+    results = path / "model.jsonl" if path.is_dir() else path
+    if results.is_file() and not (path / "recipe.yaml").exists():
+        return _benchmarked_step(results, recipe, device)
+    speed, what = _measured_speed(path, recipe, device)
+    pictures = recipe.batch_size * recipe.gradient_accumulation / recipe.parallel.sequence
+    return pictures / speed, what
 
 
 def _measured_speed(folder: Path, recipe: TrainRecipe, device: Device) -> tuple[float, str]:
@@ -452,7 +260,10 @@ def _measured_speed(folder: Path, recipe: TrainRecipe, device: Device) -> tuple[
         starts = [json.loads(x) for x in (folder / "starts.jsonl").read_text().splitlines()]
         log = [json.loads(x) for x in (folder / "log.jsonl").read_text().splitlines()]
     except OSError as error:
-        raise ValueError(f"{folder} is no folder of a run: {error}") from None
+        raise ValueError(
+            f"{folder} is neither the folder of a run nor results of python -m benchmarks model: "
+            f"{error}"
+        ) from None
     then, now = _timed(before), _timed(recipe.model_dump(mode="json"))
     differ = [f"{key}: {then[key]} -> {now[key]}" for key in now if then[key] != now[key]]
     if differ:
@@ -478,3 +289,82 @@ def _timed(values: dict[str, Any]) -> dict[str, Any]:
         "data.size": values["data"]["size"],
         "optimizer.name": values["optimizer"]["name"],
     }
+
+
+# of a configuration, what the time of a step does not depend on, or what rows say beside it
+_TIMELESS = ("input_size", "pe_interpolation", "caption_dropout", "max_caption_tokens")
+_DTYPES = {"no": "float32", "fp16": "float16", "bf16": "bfloat16"}
+_OPTIMIZERS = {"adamw": ("fused AdamW",), "came": ("triton", "native", "reference")}
+
+
+def _benchmarked_step(file: Path, recipe: TrainRecipe, device: Device) -> tuple[float, str]:
+    """As :func:`_measured_step`, by what ``python -m benchmarks model`` wrote."""
+    rows = [row for row in _rows(file) if row.get("pass") == "step" and "timings" in row]
+    wanted = _case(recipe.config.to_dict(), tokens(recipe), _DTYPES[recipe.mixed_precision])
+    of_it = [
+        (row, time)
+        for row in rows
+        if _case(row.get("config", {}), row["shape"][1], row["dtype"]) == wanted
+        # what training takes, or took before there was anything else
+        if (time := row["timings"].get("auto") or row["timings"].get("definitions"))
+    ]
+    if not of_it:
+        there = "; ".join(
+            f"{row['model']}, {row['shape'][1]} tokens, {row['dtype']}" for row in rows
+        )
+        raise ValueError(
+            f"{file} has no training step of the recipe's model at {tokens(recipe)} tokens in "
+            f"{_DTYPES[recipe.mixed_precision]}; it has: {there or 'none'}"
+        )
+    row, time = of_it[-1]
+    if row["device"] != device.driver_name:
+        raise ValueError(f"{file} was measured on {row['device']}, which is no {device.name}")
+    batch = row["shape"][0]
+    timed = recipe.model_copy(
+        update={
+            "model": {**recipe.model, "max_caption_tokens": row["text"]},
+            "batch_size": batch,
+            "gradient_checkpointing": False,
+            **dict.fromkeys(("lora", "distill", "control")),
+        }
+    )
+    took = time["median"] / 1e3
+    # its weights and residual stream are of its dtype
+    element = 4 if row["dtype"] == "float32" else 2
+    share = pass_seconds(timed, device, residual=element) / took
+    step = pass_seconds(recipe, device) / share
+    step *= recipe.gradient_accumulation / recipe.parallel.sequence
+    optimizer, average = _update_seconds(recipe, device)
+    measured = _benchmarked_optimizer(file.with_name("optimizer.jsonl"), recipe, device)
+    update = optimizer / share if measured is None else measured
+    what = (
+        f"a forward and backward of {batch} pictures in {1e3 * took:.4g} ms, {share:.0%} of the "
+        f"floor, measured on {row['device']} ({file}, {row['date'][:10]}, commit "
+        f"{row['commit']}), the same share for the recipe's, the optimiser's time "
+        f"{'by the same share' if measured is None else 'measured there'}"
+    )
+    return step + update + average / share, what
+
+
+def _case(config: dict[str, Any], tokens: int, dtype: str) -> tuple[dict[str, Any], int, str]:
+    return {k: v for k, v in config.items() if k not in _TIMELESS}, tokens, dtype
+
+
+def _benchmarked_optimizer(file: Path, recipe: TrainRecipe, device: Device) -> float | None:
+    """Seconds by ``python -m benchmarks optimizer``: of the most similar number of parameters."""
+    names = _OPTIMIZERS.get(recipe.optimizer.name, ())
+    trained = weights(recipe).trained
+    rows = [
+        row
+        for row in (_rows(file) if file.is_file() else [])
+        if row["device"] == device.driver_name and not row["timings"].keys().isdisjoint(names)
+    ]
+    if not rows:
+        return None
+    row = min(rows, key=lambda row: abs(math.log(row["parameters"] / trained)))
+    name = next(name for name in names if name in row["timings"])
+    return row["timings"][name]["median"] / 1e3 * trained / row["parameters"]
+
+
+def _rows(file: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in file.read_text().splitlines()]

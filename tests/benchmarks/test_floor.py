@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict, replace
 
 import pytest
@@ -11,6 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import floor
 from benchmarks.block import only
+from benchmarks.environment import read, write
 from benchmarks.floor import (
     MODELS,
     MovedBytes,
@@ -19,9 +19,9 @@ from benchmarks.floor import (
     counted_block,
     measured_rates,
 )
-from benchmarks.report import floor_counts, floor_sites
+from benchmarks.model_tables import floor_counts, floor_sites
 from pixart import PixArt, PixArtConfig
-from pixart.planning import Site, block_sites, model_flops, seconds, tokens_of
+from pixart.floor import Site, block_sites, model_flops, seconds, tokens_of
 from pixart_kernels import dispatch
 
 # every size differs from every other
@@ -176,7 +176,7 @@ def test_rates_are_the_best_that_were_measured(tmp_path) -> None:
         {"bytes": 6e9, "timings": {"copy": {"median": 3.0}, "triton": {"median": 1.0}}},
         {"not_measured": "was stopped"},
     ]
-    (tmp_path / "some.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    write(tmp_path / "some.jsonl", rows)
     assert measured_rates(tmp_path) == (800.0, 2000.0)
 
 
@@ -192,11 +192,10 @@ def row(pixels: int, text: int) -> dict:
     }
 
 
-def test_page_shows_sites_and_multiples(tmp_path, monkeypatch) -> None:
-    monkeypatch.setattr("benchmarks.report.ROOT", tmp_path)
-    file = tmp_path / "floor.jsonl"
+def test_page_shows_sites_and_multiples(results) -> None:
+    file = results / "floor.jsonl"
     found = [row(1024, 300), row(1024, 120)]
-    file.write_text("\n".join(map(json.dumps, found)))
+    write(file, found)
     lines = floor_sites(file).splitlines()
     assert "| a product | 1000.0 | 1000.0 | 1000 | 2000.0 | 2000.0 | 1000 |" in lines
     assert "| a sum | – | 1000.0 | – | – | 0.0 | – |" in lines
@@ -206,7 +205,7 @@ def test_page_shows_sites_and_multiples(tmp_path, monkeypatch) -> None:
     assert "| 1024px, 120 | 7.00 | 1000.0, 2000 | 1.50× | 3000.0, 4000 | 2.50× |" in text
     assert "are the floor's in every case" in text
     found[0]["counted"]["ours"]["step"]["flops"] += 1
-    file.write_text("\n".join(map(json.dumps, found)))
+    write(file, found)
     assert "Counted other FLOPs: ours" in floor_counts(file)
 
 
@@ -215,7 +214,7 @@ def test_command_writes_rows_and_prints_times(tmp_path, monkeypatch, capsys) -> 
     monkeypatch.setattr(floor, "PixArtConfig", lambda: SMALL)
     output = ["--output", str(tmp_path)]
     floor.main([*output, "--tflops", "1", "--gbs", "1"])
-    rows = [json.loads(line) for line in (tmp_path / "floor.jsonl").read_text().splitlines()]
+    rows = read(tmp_path / "floor.jsonl")
     assert [row["text"] for row in rows] == [120, 300] and all(row["commit"] for row in rows)
     assert set(rows[0]["counted"]) == set(MODELS)
     assert "with its backward" in capsys.readouterr().out

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from contextlib import nullcontext
 from dataclasses import replace
 
@@ -10,6 +9,7 @@ import pytest
 import torch
 
 from benchmarks import model as model_module
+from benchmarks.environment import read, write
 from benchmarks.model import (
     EAGER,
     STOCK,
@@ -20,7 +20,7 @@ from benchmarks.model import (
     time_case,
     variants,
 )
-from benchmarks.report import model as report_model
+from benchmarks.model_tables import model as model_table
 from benchmarks.timing import Measurement, Timing
 from pixart import PixArtConfig
 from pixart.generation import cache
@@ -120,8 +120,8 @@ def test_a_gpu_also_has_compiled_blocks_and_graphs(which: str, as_if_on_a_gpu) -
     ours, stock = models(SMALL, CPU, torch.float32)
     found = variants(ours, stock, torch.device("cuda"), which)
     eager = [STOCK, EAGER, "triton"]
-    graphs = ["triton, graph"] if which == "forward" else []
-    assert list(found) == [*eager, *(f"{name}, compiled" for name in eager), *graphs]
+    last = ["triton, graph"] if which == "forward" else ["auto"]
+    assert list(found) == [*eager, *(f"{name}, compiled" for name in eager), *last]
     twin = found["triton, compiled"].module
     assert all(a is b for a, b in zip(ours.parameters(), twin.parameters(), strict=True))
     assert twin is not ours and ours.blocks[0]._compiled_call_impl is None
@@ -137,27 +137,26 @@ def test_cases_of_a_gpu_are_of_xl_2_at_every_size() -> None:
     assert all(case.config.depth == 28 for case in found.values())
 
 
-def test_command_resumes_and_the_report_shows_it(tmp_path, monkeypatch, timed) -> None:
-    monkeypatch.setattr("benchmarks.report.ROOT", tmp_path)
+def test_command_resumes_and_the_report_shows_it(results, monkeypatch, timed) -> None:
     monkeypatch.setattr(model_module, "cases", lambda kind: list(CASES.values()))
-    assert report_model(tmp_path / "model.jsonl") == "No run is recorded yet."
     for options in ([], ["--resume"]):
         with pytest.raises(SystemExit) as ended:
-            model_module.main(["--output", str(tmp_path), *options])
+            model_module.main(["--output", str(results), *options])
         assert not ended.value.code
     assert len(timed) == 2 * 3  # nothing twice
-    file = tmp_path / "model.jsonl"
-    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    file = results / "model.jsonl"
+    rows = read(file)
+    assert [row["config"] for row in rows] == [SMALL.to_dict()] * 2
     for row in rows:
         row["peak_bytes"] = dict.fromkeys(row["peak_bytes"], 3 * 2**20)
         ratios = {STOCK: 1.0, EAGER: 0.5, "auto": 2.0}
         row["speedups"] = {n: {"median": r, "p20": r, "p80": r} for n, r in ratios.items()}
-    file.write_text("\n".join(map(json.dumps, rows)))
-    text = report_model(file)
+    write(file, rows)
+    text = model_table(file)
     first, slower = "1 ms, 3 MiB", "**0.50× (0.50–0.50), 1 ms, 3 MiB**"
     line = f"| small, step, 3 × 16 tokens | {first} | {slower} | 2.00× (2.00–2.00), 1 ms, 3 MiB |"
     assert line in text.splitlines()
     del rows[1]["timings"][STOCK]
-    file.write_text("\n".join(map(json.dumps, rows)))
-    assert "| small, step, 3 × 16 tokens | – | 1 ms, 3 MiB | 1 ms, 3 MiB |" in report_model(file)
+    write(file, rows)
+    assert "| small, step, 3 × 16 tokens | – | 1 ms, 3 MiB | 1 ms, 3 MiB |" in model_table(file)
     assert "tokens of text 5, of which 5, 1 and 3 are real" in text
