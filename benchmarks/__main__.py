@@ -14,6 +14,7 @@ COMMANDS = {
     "generation_memory": "count or measure the memory that drawing takes, by mode",
     "floor": "count what a block must compute and move, and what it does",
     "memory": "count what a block keeps for its backward",
+    "conditioning": "count or measure a step of the adaLN ablation and of adaLN-single",
     "optimizer": "time a step of CAME, came-pytorch's and fused AdamW",
     "quickstart": "run the quickstart over several seeds",
     "transitions": "train small models from stage to stage, rightly and wrongly",

@@ -8,6 +8,7 @@ import os
 import platform
 import re
 import subprocess
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -32,6 +33,16 @@ def write(file: Path, rows: list[dict]) -> None:
     partial = file.with_name(file.name + ".partial")
     partial.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
     partial.replace(file)
+
+
+def read(file: Path) -> list[dict]:
+    """The rows; none where there is no such file."""
+    return [json.loads(line) for line in file.read_text().splitlines()] if file.is_file() else []
+
+
+def measured(rows: Iterable[dict]) -> list[dict]:
+    """Those that hold figures."""
+    return [row for row in rows if "not_measured" not in row and "failed" not in row]
 
 
 def _cpu_name() -> str:

@@ -10,7 +10,6 @@ keeps the lines of the others; ``--resume`` keeps what timings were measured of 
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import shutil
 import signal
@@ -22,7 +21,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.environment import environment, folder, write
+from benchmarks.environment import environment, folder, read, write
 from benchmarks.timing import Budget
 
 ROOT = Path(__file__).parents[1]
@@ -83,9 +82,11 @@ def stages(output: Path, resume: bool = False) -> list[Stage]:
         family("attention", weight=6),
         family("cross_attention", weight=2),
         family("kv_compression", weight=1),
+        timings("optimizer", "optimizer", weight=1),
         timings("block", "block", weight=3),
         timings("model", "model", *["--resume"] * resume, weight=6),
         timings("generation", "generation", *["--resume"] * resume, weight=8),
+        timings("conditioning", "conditioning", weight=2),
     ]
 
 
@@ -146,8 +147,7 @@ def table(rows: list[dict]) -> str:
 
 def merged(file: Path, rows: list[dict]) -> list[dict]:
     """``rows``, and those of ``file`` for stages that ``rows`` lacks, in the stages' order."""
-    earlier = map(json.loads, file.read_text().splitlines()) if file.exists() else ()
-    found = {row["stage"]: row for row in (*earlier, *rows)}
+    found = {row["stage"]: row for row in (*read(file), *rows)}
     return [found[stage.name] for stage in stages(file.parent) if stage.name in found]
 
 

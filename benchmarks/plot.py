@@ -8,10 +8,10 @@ FLOP rates over tokens under the roof of a matrix product.
 from __future__ import annotations
 
 import argparse
-import json
 import math
 from itertools import product
 from pathlib import Path
+from statistics import median
 
 import matplotlib
 
@@ -23,9 +23,10 @@ from matplotlib.ticker import LogLocator
 
 from benchmarks.attention import PASSES, ROOF
 from benchmarks.attention_providers import OURS
-from benchmarks.environment import RESULTS
+from benchmarks.environment import RESULTS, measured, read
+from benchmarks.model_tables import over_seeds
+from benchmarks.op_tables import attention_file
 from benchmarks.registry import FAMILIES, TINY
-from benchmarks.report import attention_files
 from benchmarks.rivals import EAGER_16BIT, baseline
 
 IMAGES = Path(__file__).parents[1] / "docs" / "images"
@@ -192,18 +193,22 @@ def throughputs(rows: list[dict]) -> Figure:
 
 
 def transitions(rows: list[dict]) -> Figure:
-    """A panel for each transition, a line for each start."""
-    names = list(dict.fromkeys(row["transition"] for row in rows))
+    """A panel for each transition; for each start a line, the median over seeds, in their range."""
+    found = over_seeds(rows)
     figure, axes = pyplot.subplots(
-        1, len(names), figsize=(4.2 * len(names), 4.4), squeeze=False, layout="constrained"
+        1, len(found), figsize=(4.2 * len(found), 4.4), squeeze=False, layout="constrained"
     )
-    for ax, name in zip(axes.flat, names, strict=True):
-        here = [row for row in rows if row["transition"] == name]
-        ax.axhline(here[0]["before"], color="0.6", linestyle=":", label="just before")
-        for row in here:
-            kind = row["start"].partition(":")[0]
-            colour, style = STARTS.get(kind, ("tab:purple", "-."))
-            ax.plot(row["steps"], row["error"], style, color=colour, marker=".", label=row["start"])
+    for ax, (name, starts) in zip(axes.flat, found.items(), strict=True):
+        before = [row["before"] for row in next(iter(starts.values()))]
+        ax.axhline(median(before), color="0.6", linestyle=":", label="just before")
+        for start, curves in starts.items():
+            colour, style = STARTS.get(start.partition(":")[0], ("tab:purple", "-."))
+            errors = list(zip(*(row["error"] for row in curves), strict=True))
+            steps = curves[0]["steps"]
+            ax.plot(steps, list(map(median, errors)), style, color=colour, marker=".", label=start)
+            ax.fill_between(
+                steps, list(map(min, errors)), list(map(max, errors)), color=colour, alpha=0.2
+            )
         # linear to begin with: the first point is right after the transition, at 0
         ax.set_xscale("symlog", linthresh=10)
         ax.set_xlim(left=0)
@@ -216,9 +221,10 @@ def transitions(rows: list[dict]) -> Figure:
         ax.legend(fontsize=8)
         ax.grid(alpha=0.3, which="both")
     axes[0, 0].set_ylabel("error of the predicted noise")
-    one = rows[0]
+    one, seeds = rows[0], {row["seed"] for row in rows}
     figure.suptitle(
-        f"{one['device']}, torch {one['torch']}, commit {one['commit']}, seed {one['seed']}",
+        f"{one['device']}, torch {one['torch']}, commit {one['commit']}; median and range of "
+        f"{len(seeds)} seeds",
         fontsize=9,
     )
     return figure
@@ -244,18 +250,15 @@ def main(argv: list[str]) -> None:
     )
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of device folders")
     results = parser.parse_args(argv).results
-    for file in attention_files(results):
-        rows = [row for row in map(json.loads, file.read_text().splitlines()) if "timings" in row]
-        if rows:
-            _save(throughputs(rows), f"attention-{file.parent.name}.png")
-    file = results / "cpu" / "transitions.jsonl"
-    if file.is_file():
-        _save(transitions([json.loads(line) for line in file.open()]), "transitions.png")
+    for folder in sorted(results.glob("sm_*")):
+        if rows := measured(read(attention_file(folder))):
+            _save(throughputs(rows), f"attention-{folder.name}.png")
+    if rows := read(results / "cpu" / "transitions.jsonl"):
+        _save(transitions(rows), "transitions.png")
     for file in sorted(results.glob("*/*.jsonl")):
         if file.stem not in FAMILIES:
             continue
-        rows = [json.loads(line) for line in file.read_text().splitlines()]
-        rows = [row for row in rows if "timings" in row and tuple(row["shape"]) != TINY]
+        rows = [row for row in measured(read(file)) if tuple(row["shape"]) != TINY]
         rows.sort(key=lambda row: row["op"])
         if not rows:
             continue

@@ -10,7 +10,6 @@ and ``--resume`` goes on from there.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -20,7 +19,7 @@ import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from benchmarks import attention, cross_attention, cuda, kv_compression, registry
-from benchmarks.environment import environment, folder, write
+from benchmarks.environment import environment, folder, read, write
 from benchmarks.providers import call_of, correct_providers, in_short
 from benchmarks.registry import PASSES, TINY, Case
 from benchmarks.timing import Budget, measure
@@ -115,8 +114,8 @@ def run(
 
 def measured_before(file: Path, about: dict) -> list[dict]:
     """Timings in ``file`` of the same commit on the same device."""
-    rows = map(json.loads, file.read_text().splitlines()) if file.exists() else ()
     same = ("commit", "device")
+    rows = read(file)
     return [r for r in rows if "timings" in r and all(r[key] == about[key] for key in same)]
 
 

@@ -8,7 +8,6 @@ kernels that were not asked for stay.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import statistics
 import sys
@@ -33,7 +32,7 @@ from benchmarks.attention import (
     truth_of,
 )
 from benchmarks.attention_providers import ours
-from benchmarks.environment import environment, folder, write
+from benchmarks.environment import environment, folder, read, write
 from benchmarks.providers import in_short
 from benchmarks.timing import Budget, Timing
 from pixart_kernels.attention import config
@@ -191,10 +190,7 @@ def main(argv: list[str]) -> None:
     about = environment(device)
     file = (arguments.output or folder(device)) / "tiles.jsonl"
     work = [(*name.split("-"), N) for name in arguments.kernels for N in LENGTHS]
-    kept = []
-    if file.exists():
-        earlier = map(json.loads, file.read_text().splitlines())
-        kept = [r for r in earlier if f"{r['backend']}-{r['kernel']}" not in arguments.kernels]
+    kept = [r for r in read(file) if f"{r['backend']}-{r['kernel']}" not in arguments.kernels]
     budget = Budget(arguments.budget, len(work))
     rows: list[dict] = []
     for backend, kernel, N in work:

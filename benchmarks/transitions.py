@@ -3,9 +3,10 @@
 Small models go the papers' way on the quickstart's sprites: from classes to text, to twice the
 size, to compressed keys and values, to another autoencoder. After each step the grown model is
 trained on, beside one that was grown wrongly and one from scratch, all on the same batches.
-``benchmarks/results/cpu/transitions.jsonl`` has a line for each of them: the error of the
+``benchmarks/results/cpu/transitions.jsonl`` has a line for each of them and seed: the error of the
 predicted noise, right after the step and later, on noisy pictures that stay the same; and the
-error just before the step. ``plot`` draws them.
+error just before the step. Each seed has its own weights and batches; pictures and autoencoders are
+the same. ``plot`` draws them.
 """
 
 from __future__ import annotations
@@ -83,19 +84,22 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--steps", type=int, default=400, help="after each transition")
     parser.add_argument("--base-steps", type=int, default=1200, help="of the first stage")
     parser.add_argument("--vae-steps", type=int, default=800, help="of each autoencoder")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--output", type=Path, help="folder; default: benchmarks/results/cpu")
     arguments = parser.parse_args(argv)
-    about = environment(torch.device("cpu"))
-    busy, own, start = busy_seconds(), time.process_time(), time.perf_counter()
+    file = (arguments.output or RESULTS / "cpu") / "transitions.jsonl"
+    about = environment(torch.device("cpu")) | {"threads": torch.get_num_threads()}
     with tempfile.TemporaryDirectory() as folder:
         data = prepare(Path(folder), arguments.vae_steps)
-    rows = run(data, arguments.base_steps, arguments.steps, arguments.seed)
-    wall = time.perf_counter() - start
-    foreign = (busy_seconds() - busy - (time.process_time() - own)) / wall
-    about |= {"threads": torch.get_num_threads(), "seconds": round(wall), "seed": arguments.seed}
-    about["foreign_cores"] = round(foreign, 2)
-    write((arguments.output or RESULTS / "cpu") / "transitions.jsonl", [r | about for r in rows])
+    rows: list[dict] = []
+    for seed in arguments.seeds:
+        busy, own, start = busy_seconds(), time.process_time(), time.perf_counter()
+        found = run(data, arguments.base_steps, arguments.steps, seed)
+        wall = time.perf_counter() - start
+        foreign = (busy_seconds() - busy - (time.process_time() - own)) / wall
+        spent = {"seconds": round(wall), "seed": seed, "foreign_cores": round(foreign, 2)}
+        rows += [row | about | spent for row in found]
+        write(file, rows)
 
 
 def prepare(folder: Path, vae_steps: int) -> dict[str, Pictures]:

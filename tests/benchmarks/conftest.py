@@ -1,13 +1,21 @@
-"""A stand-in for the GPU, so that its timing can be tested on any machine."""
+"""A folder of results, and a stand-in for the GPU to test its timing on any machine."""
 
 from __future__ import annotations
 
 import types
+from pathlib import Path
 
 import pytest
 import torch
 
-from benchmarks import cuda
+from benchmarks import cuda, tables
+
+
+@pytest.fixture
+def results(tmp_path, monkeypatch) -> Path:
+    """A folder that tables link to as if it were the repository."""
+    monkeypatch.setattr(tables, "ROOT", tmp_path)
+    return tmp_path
 
 
 class Graph:

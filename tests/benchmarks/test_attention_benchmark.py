@@ -36,6 +36,7 @@ from benchmarks.attention_providers import (
     for_gpu,
     packed,
 )
+from benchmarks.environment import read
 from benchmarks.timing import Measurement, Timing
 
 CPU = torch.device("cpu")
@@ -407,8 +408,7 @@ def test_a_run_resumes_where_it_was_stopped(tmp_path, monkeypatch) -> None:
     arguments = ["--op", "attention", "--output", str(tmp_path)]
 
     def rows() -> list[dict]:
-        text = (tmp_path / "attention.jsonl").read_text()
-        return [json.loads(line) for line in text.splitlines()]
+        return read(tmp_path / "attention.jsonl")
 
     commit, resumed = "abc", False
     with pytest.raises(KeyboardInterrupt):

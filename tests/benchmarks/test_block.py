@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
-
 import pytest
 import torch
 
 from benchmarks import block as block_module
 from benchmarks.block import only, parts, time_part
+from benchmarks.environment import read
 from benchmarks.memory import step_memory
 from benchmarks.timing import Measurement, Timing
 from pixart.config import PixArtConfig
@@ -93,7 +92,7 @@ def test_parts_that_fail_or_do_not_fit_are_rows(tmp_path, monkeypatch) -> None:
     output = ["--output", str(tmp_path)]
 
     def rows() -> list[dict]:
-        return [json.loads(line) for line in (tmp_path / "block.jsonl").read_text().splitlines()]
+        return read(tmp_path / "block.jsonl")
 
     with pytest.raises(KeyboardInterrupt):
         block_module.main(output)

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import json
-
 import pytest
 import torch
 
 import pixart_kernels as pk
-from benchmarks import cross_attention, report
+from benchmarks import cross_attention
 from benchmarks.cross_attention import (
     FAMILIES,
     MASKED,
@@ -17,6 +15,8 @@ from benchmarks.cross_attention import (
     masked_sdpa,
     time_case,
 )
+from benchmarks.environment import write
+from benchmarks.op_tables import cross_attention_table
 from benchmarks.timing import Measurement, Timing
 from pixart_kernels import dispatch
 
@@ -69,8 +69,7 @@ def test_a_wrong_provider_is_named_and_not_timed(monkeypatch: pytest.MonkeyPatch
     assert [forward["pass"], both["pass"]] == ["forward", "forward+backward"]
 
 
-def test_table_shows_each_text_and_rivals_that_win(tmp_path, monkeypatch) -> None:
-    monkeypatch.setattr(report, "ROOT", tmp_path)
+def test_table_shows_each_text_and_rivals_that_win(results) -> None:
     about = {"device": "a device", "torch": "2", "commit": "abc", "dtype": "float32"}
 
     def row(N: int, lengths: list[int], masked: float) -> dict:
@@ -80,9 +79,9 @@ def test_table_shows_each_text_and_rivals_that_win(tmp_path, monkeypatch) -> Non
         return {**about, "shape": shape, "lengths": lengths, "pass": "forward", "timings": timings}
 
     rows = [row(64, [120, 20], 4.0), row(256, [120, 20], 5.0), row(64, [300, 300], 1.9)]
-    file = tmp_path / "cross_attention.jsonl"
-    file.write_text("\n".join(map(json.dumps, rows)))
-    text = report.cross_attention_table(file)
+    file = results / "cross_attention.jsonl"
+    write(file, rows)
+    text = cross_attention_table(file)
     assert "| 120 and 20 of 300 tokens | 3.0 / 2.0–2.5 |" in text
     assert "| 300 of 300 tokens | 3.0 / **0.95** |" in text
     assert "2×64, 2×256" in text

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import multiprocessing.dummy
 import threading
 import types
@@ -14,6 +13,7 @@ import pytest
 import torch
 
 from benchmarks import generation as generation_module
+from benchmarks.environment import read, write
 from benchmarks.generation import (
     EXACT,
     STOCK,
@@ -26,7 +26,7 @@ from benchmarks.generation import (
     time_case,
     variants,
 )
-from benchmarks.report import generation as report_generation
+from benchmarks.model_tables import generation as generation_table
 from benchmarks.timing import Measurement, Timing
 from pixart import PixArtConfig
 from pixart.generation import PixArtPipeline, cache
@@ -212,24 +212,22 @@ def test_cases_of_a_gpu_are_of_xl_2_at_every_size() -> None:
     assert variants("cuda") == list(VARIANTS)
 
 
-def test_command_resumes_and_the_report_shows_it(tmp_path, monkeypatch, timed) -> None:
-    monkeypatch.setattr("benchmarks.report.ROOT", tmp_path)
+def test_command_resumes_and_the_report_shows_it(results, monkeypatch, timed) -> None:
     monkeypatch.setattr(generation_module, "cases", lambda kind: [CASE])
     monkeypatch.setattr(
         generation_module, "VARIANTS", {name: VARIANTS[name] for name in (STOCK, "ours")}
     )
-    assert report_generation(tmp_path / "generation.jsonl") == "No run is recorded yet."
     for options in ([], ["--resume"]):
         with pytest.raises(SystemExit) as ended:
-            generation_module.main(["--output", str(tmp_path), *options])
+            generation_module.main(["--output", str(results), *options])
         assert not ended.value.code
     assert timed == [STOCK, "ours"]  # nothing twice
-    file = tmp_path / "generation.jsonl"
-    (row,) = (json.loads(line) for line in file.read_text().splitlines())
+    file = results / "generation.jsonl"
+    (row,) = read(file)
     row |= {"first_seconds": {STOCK: 2.0, "ours": 3.0}, "peak_bytes": {"ours": 3 * 2**29}}
     row |= {"decoding_peak_bytes": {"ours": 2**30}}
-    file.write_text(json.dumps(row))
-    text = report_generation(file)
+    write(file, [row])
+    text = generation_table(file)
     cells = "3e+03 it/s, 2 s | **0.50× (0.50–0.50), 3e+03 it/s, 3 s, 1.50 and 1.00 GiB** |"
     assert f"| small, 64px, 3, 3 steps | {cells}" in text.splitlines()
     assert "memory at the peaks of drawing and of decoding, weights included" in text

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
-
 import pytest
 import torch
 from transformers import T5Config
 
-from benchmarks import generation_memory, report
+from benchmarks import generation_memory, model_tables
+from benchmarks.environment import read, write
 from benchmarks.generation_memory import Live, Parts, rows
 from pixart import PixArtConfig
 from pixart.conditioning import vae
@@ -80,19 +79,17 @@ def test_decoding_takes_what_is_said_of_it(monkeypatch: pytest.MonkeyPatch) -> N
     assert low["decode"] - weights[2] < 0.75 * estimate
 
 
-def test_command_writes_rows_that_the_report_shows(tmp_path, monkeypatch) -> None:
+def test_command_writes_rows_that_the_report_shows(results, monkeypatch) -> None:
     monkeypatch.setattr(generation_memory, "SIZES", (256,))
-    monkeypatch.setattr(report, "ROOT", tmp_path)
     monkeypatch.setattr(generation_memory, "rows", lambda device: rows(device, small))
-    generation_memory.main(["--output", str(tmp_path)])
-    file = tmp_path / "generation_memory.jsonl"
-    written = [json.loads(line) for line in file.read_text().splitlines()]
+    generation_memory.main(["--output", str(results)])
+    file = results / "generation_memory.jsonl"
+    written = read(file)
     assert [row["mode"] for row in written] == ["high", "low"]
     assert all(row["commit"] and row["how"] == "counted" for row in written)
     for row in written:
         row.update(text=12_340_000_000, denoise=2e9, decode=1.26e9, peak=12_340_000_000)
-    file.write_text("\n".join(map(json.dumps, written)))
-    lines = report.generation_memory(file).splitlines()
+    write(file, written)
+    lines = model_tables.generation_memory(file).splitlines()
     assert "| 256 × 256 | low | 12.3 GB | 2.0 GB | 1.3 GB | 12.3 GB |" in lines
     assert "counted, weights included: bfloat16" in lines[-1]
-    assert report.generation_memory(tmp_path / "none") == "No run is recorded yet."

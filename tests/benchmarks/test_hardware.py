@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 import subprocess
 import sys
@@ -14,6 +13,7 @@ import torch
 
 from benchmarks import hardware, kernels, sanitize
 from benchmarks.__main__ import COMMANDS
+from benchmarks.environment import read
 from benchmarks.hardware import Stage, run_all, run_stage, stages
 
 
@@ -100,15 +100,15 @@ def test_stages_cover_the_house_and_write_beside_each_other(tmp_path) -> None:
     assert list(found) == [
         *("kernels", "doctor", "attention-rivals", "tests", "attention-tests"),
         *("memcheck", "racecheck", "adaln", "mlp", "attention", "cross_attention"),
-        *("kv_compression", "block", "model", "generation"),
+        *("kv_compression", "optimizer", "block", "model", "generation", "conditioning"),
     ]
     assert "--continue-on-collection-errors" in found["tests"]
     timed = [name for name, command in found.items() if "benchmarks" in command]
     timed = [name for name in timed if name != "kernels" and "--device" in found[name]]
     assert all(str(tmp_path) in found[name] for name in timed)
-    assert {"run", "block", "model", "generation"} <= set(COMMANDS)
+    assert {"run", "optimizer", "block", "model", "generation", "conditioning"} <= set(COMMANDS)
     resumed = {stage.name for stage in stages(tmp_path, True) if "--resume" in stage.command}
-    assert resumed == set(timed) - {"block"}
+    assert resumed == set(timed) - {"optimizer", "block", "conditioning"}
     assert not any("--resume" in command for command in found.values())
 
 
@@ -125,7 +125,7 @@ def test_exit_status_and_file(tmp_path, monkeypatch, capsys, as_if_on_a_gpu, sta
     with pytest.raises(SystemExit) as ended:
         hardware.main(["--output", str(tmp_path)])
     assert ended.value.code == bool(status)
-    rows = [json.loads(line) for line in (tmp_path / "hardware.jsonl").read_text().splitlines()]
+    rows = read(tmp_path / "hardware.jsonl")
     assert [row["stage"] for row in rows] == ["first", "second"]
     assert rows[1]["commit"] == "abc"
     assert "second" in capsys.readouterr().out.splitlines()[-1]
@@ -146,12 +146,12 @@ def test_some_stages_take_all_the_time_and_keep_the_others_lines(
         with pytest.raises(SystemExit):
             hardware.main([*options, names])
         monkeypatch.setattr(hardware, "environment", lambda device: {"commit": "def"})
-    rows = [json.loads(line) for line in (tmp_path / "hardware.jsonl").read_text().splitlines()]
+    rows = read(tmp_path / "hardware.jsonl")
     assert [(row["stage"], row["commit"]) for row in rows] == [("first", "def"), ("third", "def")]
     assert min(given) > 59
     with pytest.raises(SystemExit):
         hardware.main([*options, "second"])
-    rows = [json.loads(line) for line in (tmp_path / "hardware.jsonl").read_text().splitlines()]
+    rows = read(tmp_path / "hardware.jsonl")
     assert [row["stage"] for row in rows] == ["first", "second", "third"]
 
 
@@ -183,7 +183,8 @@ def test_the_checker_s_script_runs_what_there_is(monkeypatch, capsys) -> None:
         if sanitize.dispatch.why_not(call.op, "native", call.tensors[0], **call.facts) is None
     ]
     assert count == len(ready)
-    assert {call.op for call in ready} >= {"adaln_single", "cross_attention", "compress_kv"}
+    ops = {"adaln_single", "cross_attention", "compress_kv", "came_step"}
+    assert {call.op for call in ready} >= ops
     calls = list(sanitize.calls(torch.device("cpu")))
     lengths = {call.tensors[0].dtype: [] for call in calls if "attention" in call.op}
     for call in calls:

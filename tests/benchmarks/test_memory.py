@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
-
 import pytest
 import torch
 from torch import nn
 
-from benchmarks import memory, report
+from benchmarks import memory, model_tables
 from benchmarks.block import only
+from benchmarks.environment import read, write
 from benchmarks.memory import Kept, accounts
 from pixart import PixArtConfig
 from pixart_kernels import dispatch
@@ -62,16 +61,15 @@ def test_tokens_are_kept_as_often_as_the_backward_needs_them(small) -> None:
     assert counts["float32", "default"] < counts["float32", "everything kept"]
 
 
-def test_command_writes_rows_that_the_report_shows(small, tmp_path, monkeypatch) -> None:
-    monkeypatch.setattr(report, "ROOT", tmp_path)
-    memory.main(["--output", str(tmp_path)])
-    file = tmp_path / "memory.jsonl"
-    rows = [json.loads(line) for line in file.read_text().splitlines()]
+def test_command_writes_rows_that_the_report_shows(small, results) -> None:
+    memory.main(["--output", str(results)])
+    file = results / "memory.jsonl"
+    rows = read(file)
     assert len(rows) == 10 and all(row["commit"] and row["kept"] for row in rows)
     for row in rows:
         row["bytes"] = {"diffusers": 64_000, "default": 32_000}.get(row["mode"], 640)
-    file.write_text("\n".join(map(json.dumps, rows)))
-    lines = report.memory(file).splitlines()
+    write(file, rows)
+    lines = model_tables.memory(file).splitlines()
     assert "| diffusers | 1,000, 100% | 1,000, 100% |" in lines
     assert "| default | 500, 50% | 500, 50% |" in lines
     assert "1 × 64 tokens of 72 channels, 5 tokens of text" in lines[-1]

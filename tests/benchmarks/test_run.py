@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import types
 
 import pytest
@@ -10,6 +9,7 @@ import torch
 
 from benchmarks import cuda, providers
 from benchmarks import run as run_module
+from benchmarks.environment import read
 from benchmarks.providers import correct_providers, leaves_of, wrong
 from benchmarks.registry import BF16, FAMILIES, FP32, MIXED, Case
 from benchmarks.rivals import EAGER_16BIT, OFFICIAL, rivals
@@ -82,7 +82,7 @@ def test_what_the_budget_did_not_reach_is_listed(tmp_path, monkeypatch, capsys) 
     with pytest.raises(SystemExit) as ended:
         run_module.main(["--op", "adaln", "--budget", "0", "--output", str(tmp_path)])
     assert ended.value.code == 0
-    rows = [json.loads(line) for line in (tmp_path / "adaln.jsonl").read_text().splitlines()]
+    rows = read(tmp_path / "adaln.jsonl")
     assert [row["not_measured"] for row in rows] == ["0 s were over"] * 2
     assert all(row["shape"] == [2, 3, 16] and row["commit"] for row in rows)
     assert "Not measured, 2 of 2 cases" in capsys.readouterr().out
@@ -101,7 +101,7 @@ def test_a_case_that_fails_is_a_row_and_not_the_end(tmp_path, monkeypatch, capsy
     with pytest.raises(SystemExit) as ended:
         run_module.main(["--op", "adaln", "--output", str(tmp_path)])
     assert ended.value.code == 1
-    rows = [json.loads(line) for line in (tmp_path / "adaln.jsonl").read_text().splitlines()]
+    rows = read(tmp_path / "adaln.jsonl")
     assert rows[0]["failed"] == "OutOfMemoryError: CUDA out of memory."
     assert [row["pass"] for row in rows[1:]] == ["forward", "forward+backward"]
     assert "failed: OutOfMemoryError" in capsys.readouterr().out
@@ -119,7 +119,7 @@ def test_a_run_that_is_stopped_keeps_what_it_has(tmp_path, monkeypatch) -> None:
     monkeypatch.setitem(run_module.FAMILIES, "adaln", lambda device: cases)
     with pytest.raises(KeyboardInterrupt):
         run_module.main(["--op", "adaln", "--output", str(tmp_path)])
-    rows = [json.loads(line) for line in (tmp_path / "adaln.jsonl").read_text().splitlines()]
+    rows = read(tmp_path / "adaln.jsonl")
     assert [row.get("not_measured") for row in rows] == [None, None, "was stopped"]
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from contextlib import contextmanager, nullcontext
@@ -13,7 +12,7 @@ import torch
 
 import pixart_kernels as pk
 from benchmarks import attention, cuda, tiles
-from benchmarks.environment import ROOT
+from benchmarks.environment import ROOT, read
 from benchmarks.tiles import KERNELS, SHIPPED, compare, table
 from pixart_kernels import _triton, dispatch
 from pixart_kernels.attention import config
@@ -155,7 +154,7 @@ def test_lines_of_other_kernels_stay(small, tmp_path, monkeypatch, capsys) -> No
         with pytest.raises(SystemExit) as ended:
             tiles.main(["--kernels", *kernels, "--output", str(tmp_path)])
         assert ended.value.code == bool(wrong)
-    rows = [json.loads(line) for line in (tmp_path / "tiles.jsonl").read_text().splitlines()]
+    rows = read(tmp_path / "tiles.jsonl")
     found = [(row["kernel"], row["shape"][1], row["commit"]) for row in rows]
     assert found == [
         ("forward", 4, "abc"),
