@@ -39,8 +39,9 @@ lint: install
 types: install
 	$(BIN)/mypy
 
+# a file's tests stay together: they share what is slow to make
 unit: install
-	$(BIN)/pytest
+	$(BIN)/pytest -n auto --dist loadfile
 
 # everything the demo does, too short to learn much
 end-to-end: install

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from diffusers import AutoencoderKL
+from small_vae import small_vae
 from torch import Tensor
 
 from pixart.conditioning import tiling
@@ -15,12 +16,7 @@ TILES = [16, 24, 40]
 
 
 def autoencoder(dtype: torch.dtype = torch.float64, **config) -> AutoencoderKL:
-    torch.manual_seed(0)
-    model = AutoencoderKL(
-        block_out_channels=(8, 16, 16), norm_num_groups=4, latent_channels=4, layers_per_block=2,
-        **{"down_block_types": ["DownEncoderBlock2D"] * 3,
-           "up_block_types": ["UpDecoderBlock2D"] * 3, **config},
-    )  # fmt: skip
+    model = small_vae(8, 16, 16, layers_per_block=2, **config)
     for name, parameter in model.named_parameters():
         # biases far from 0 make zero padding differ from what a neighbouring tile holds
         torch.nn.init.normal_(parameter, mean=0.5 if name.endswith("bias") else 0.0, std=0.2)

@@ -3,26 +3,16 @@
 import json
 import os
 import shutil
+from functools import partial
 
 import pytest
 import torch
-from diffusers import AutoencoderKL
 from safetensors.torch import load_file, save_file
+from small_vae import small_vae
 
 from pixart.conditioning import VAE, tiling, vae
 
-
-def tiny_autoencoder(**config):
-    torch.manual_seed(0)
-    return AutoencoderKL(
-        block_out_channels=(8, 16, 16),
-        down_block_types=("DownEncoderBlock2D",) * 3,
-        up_block_types=("UpDecoderBlock2D",) * 3,
-        layers_per_block=1,
-        norm_num_groups=4,
-        latent_channels=4,
-        **config,
-    )
+tiny_autoencoder = partial(small_vae, 8, 16, 16)
 
 
 def images(batch=2, height=16, width=24):

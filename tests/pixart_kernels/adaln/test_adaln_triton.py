@@ -10,19 +10,18 @@ import adaln_cases as cases
 import pytest
 import torch
 from adaln_cases import BF16, FP16, FP32, inputs, per_dtypes, per_layout, per_op, run
+from triton_devices import (
+    DEVICE,
+    check_schema_is_that_of_the_compiled_op,
+    interpret_in_place,
+    needs_triton,
+    on_gpu,
+)
 
 from pixart_kernels import _extension, _triton
 from pixart_kernels.adaln import config
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-pytestmark = [
-    pytest.mark.skipif(
-        _triton.problem is not None or (DEVICE == "cpu" and not _triton.INTERPRETED),
-        reason=_triton.problem or "no GPU, and TRITON_INTERPRET=1 is not set",
-    ),
-    *([pytest.mark.gpu] if DEVICE == "cuda" else []),
-]
-on_gpu = pytest.mark.skipif(DEVICE == "cpu", reason="needs a CUDA device")
+pytestmark = needs_triton
 
 # one token; odd everything; the model's width; a width that masks; a power of two; several tiles;
 # no tokens; no samples; no columns
@@ -95,11 +94,7 @@ def test_expanded_inputs_and_gradients(op):
 
 
 def test_addresses_beyond_32_bits(monkeypatch):
-    if _triton.INTERPRETED:
-        from triton.runtime.interpreter import GridExecutor
-
-        # on the CPU it would copy all 8 GiB onto themselves
-        monkeypatch.setattr(GridExecutor, "_restore_args_dev", lambda *arguments: None)
+    interpret_in_place(monkeypatch)
     cases.check_addresses_beyond_32_bits("triton", DEVICE)
 
 
@@ -168,14 +163,7 @@ def test_schemas_are_those_of_the_compiled_ops():
     from pixart_kernels.adaln.autograd import Kernels
 
     for name in Kernels._fields:
-        compiled, own = (
-            getattr(getattr(torch.ops, namespace), name).default._schema
-            for namespace in ("pixart_kernels", "pixart_kernels_triton")
-        )
-        assert [(a.name, str(a.type)) for a in own.arguments] == [
-            (a.name, str(a.type)) for a in compiled.arguments
-        ]
-        assert [str(r.type) for r in own.returns] == [str(r.type) for r in compiled.returns]
+        check_schema_is_that_of_the_compiled_op(name)
 
 
 def test_compiles_as_one_graph_with_one_recompilation_for_other_lengths():

@@ -6,19 +6,12 @@ import attention_cases as cases
 import pytest
 import torch
 from attention_cases import BF16, FP16, FP32, attention, packed, per_dtype, run, separate
+from triton_devices import DEVICE, interpret_in_place, needs_triton, on_gpu
 
 from pixart_kernels import _triton, dispatch
 from pixart_kernels.attention import config
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-pytestmark = [
-    pytest.mark.skipif(
-        _triton.problem is not None or (DEVICE == "cpu" and not _triton.INTERPRETED),
-        reason=_triton.problem or "no GPU, and TRITON_INTERPRET=1 is not set",
-    ),
-    *([pytest.mark.gpu] if DEVICE == "cuda" else []),
-]
-on_gpu = pytest.mark.skipif(DEVICE == "cpu", reason="needs a CUDA device")
+pytestmark = needs_triton
 
 
 @pytest.fixture(autouse=True)
@@ -85,11 +78,7 @@ def test_expanded_inputs_and_gradients():
 
 
 def test_addresses_beyond_32_bits(monkeypatch):
-    if _triton.INTERPRETED:
-        from triton.runtime.interpreter import GridExecutor
-
-        # on the CPU it would copy all 8 GiB onto themselves
-        monkeypatch.setattr(GridExecutor, "_restore_args_dev", lambda *arguments: None)
+    interpret_in_place(monkeypatch)
     cases.check_addresses_beyond_32_bits("triton", DEVICE)
 
 

@@ -20,25 +20,17 @@ from attention_cases import (
 )
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
+from triton_devices import DEVICE, needs_triton, on_gpu
 
 import pixart_kernels as pk
 from pixart_kernels import _triton, dispatch
 from pixart_kernels.attention import config, cross_native
 
-GPU = torch.cuda.is_available()
-DEVICES = {"native": "cpu", "triton": "cuda" if GPU else "cpu"}
-triton_runs = [
-    pytest.mark.skipif(
-        _triton.problem is not None or not (GPU or _triton.INTERPRETED),
-        reason=_triton.problem or "no GPU, and TRITON_INTERPRET=1 is not set",
-    ),
-    *([pytest.mark.gpu] if GPU else []),
-]
-triton_alone = pytest.mark.parametrize("backend", [pytest.param("triton", marks=triton_runs)])
-on_gpu = pytest.mark.skipif(not GPU, reason="needs a CUDA device")
+DEVICES = {"native": "cpu", "triton": DEVICE}
+triton_alone = pytest.mark.parametrize("backend", [pytest.param("triton", marks=needs_triton)])
 
 
-@pytest.fixture(params=["native", pytest.param("triton", marks=triton_runs)])
+@pytest.fixture(params=["native", pytest.param("triton", marks=needs_triton)])
 def backend(request) -> str:
     return request.param
 
@@ -251,7 +243,7 @@ def test_compiles_as_one_graph_whatever_the_lengths(backend):
 
 
 @pytest.mark.parametrize(
-    "backend", ["native", pytest.param("triton", marks=[*triton_runs, on_gpu])]
+    "backend", ["native", pytest.param("triton", marks=[*needs_triton, on_gpu])]
 )
 def test_compiles_with_inductor_and_without_gradients(backend):
     leaves, kv_lengths = inputs(5, 7, [7, 2], d=8, dtype=BF16, backend=backend)

@@ -22,21 +22,14 @@ from diffusers_cases import (
     prefix_mask,
     transformer,
 )
+from small_vae import small_vae
 from torch import Tensor
 
 import pixart_kernels as pk
 
 
 def vae() -> AutoencoderKL:
-    torch.manual_seed(0)
-    return AutoencoderKL(
-        block_out_channels=(8, 8, 8, 8),
-        down_block_types=("DownEncoderBlock2D",) * 4,
-        up_block_types=("UpDecoderBlock2D",) * 4,
-        latent_channels=4,
-        norm_num_groups=4,
-        sample_size=32,
-    ).eval()
+    return small_vae(8, 8, 8, 8, sample_size=32).eval()
 
 
 PIPELINES = {

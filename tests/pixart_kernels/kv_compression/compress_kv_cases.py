@@ -118,7 +118,7 @@ per_layout = pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layou
 
 
 def check_strided_views(layout, backend, device="cpu"):
-    shape = (3, 5, 4, 24), 2
+    shape = (2, 3, 4, 24), 2
     kv, weight, *vectors = leaves = inputs(shape, BF16, device=device)
     views = [
         layout(kv),
@@ -209,7 +209,7 @@ def check_forward_mode_is_refused(backend, device="cpu"):
 
 def check_opcheck(ops, kv_dtype, parameter_dtype, needs_grad, device="cpu"):
     """``ops``: the namespace that the backend registers its ops in."""
-    (B, height, width, _), R = shape = (2, 5, 4, 24), 2
+    (B, height, width, _), R = shape = (2, 3, 4, 24), 2
     leaves = inputs(shape, kv_dtype, parameter_dtype, device=device)
     kv, *parameters = (leaf.requires_grad_(needs_grad) for leaf in leaves)
     dout = gradient_like(compress(shape, leaves, "reference")).detach()

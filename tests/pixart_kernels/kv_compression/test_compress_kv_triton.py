@@ -6,21 +6,20 @@ import compress_kv_cases as cases
 import pytest
 import torch
 from compress_kv_cases import BF16, FP16, FP32, inputs, per_dtypes, per_layout, run
+from triton_devices import (
+    DEVICE,
+    check_schema_is_that_of_the_compiled_op,
+    interpret_in_place,
+    needs_triton,
+    on_gpu,
+)
 
 from pixart_kernels import _extension, _triton
 
 if _triton.problem is None:
     from pixart_kernels.kv_compression import triton as kernels
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-pytestmark = [
-    pytest.mark.skipif(
-        _triton.problem is not None or (DEVICE == "cpu" and not _triton.INTERPRETED),
-        reason=_triton.problem or "no GPU, and TRITON_INTERPRET=1 is not set",
-    ),
-    *([pytest.mark.gpu] if DEVICE == "cuda" else []),
-]
-on_gpu = pytest.mark.skipif(DEVICE == "cpu", reason="needs a CUDA device")
+pytestmark = needs_triton
 
 # one token; odd sides; the model's width; widths that mask; a power of two; more taps than a
 # program of the backward takes, in whole groups and not; no samples
@@ -103,11 +102,7 @@ def test_expanded_inputs_and_gradients():
 
 
 def test_addresses_beyond_32_bits(monkeypatch):
-    if _triton.INTERPRETED:
-        from triton.runtime.interpreter import GridExecutor
-
-        # on the CPU it would copy all 12 GiB onto themselves
-        monkeypatch.setattr(GridExecutor, "_restore_args_dev", lambda *arguments: None)
+    interpret_in_place(monkeypatch)
     cases.check_addresses_beyond_32_bits("triton", DEVICE)
 
 
@@ -145,14 +140,7 @@ def test_opcheck(needs_grad, kv_dtype, parameter_dtype):
 @pytest.mark.skipif(_extension.problem is not None, reason="no compiled kernels to compare with")
 @pytest.mark.parametrize("name", ["compress_kv_fwd", "compress_kv_bwd"])
 def test_schemas_are_those_of_the_compiled_ops(name):
-    compiled, own = (
-        getattr(getattr(torch.ops, namespace), name).default._schema
-        for namespace in ("pixart_kernels", "pixart_kernels_triton")
-    )
-    assert [(a.name, str(a.type)) for a in own.arguments] == [
-        (a.name, str(a.type)) for a in compiled.arguments
-    ]
-    assert [str(r.type) for r in own.returns] == [str(r.type) for r in compiled.returns]
+    check_schema_is_that_of_the_compiled_op(name)
 
 
 def test_compiles_as_one_graph_with_one_recompilation_for_other_grids():
