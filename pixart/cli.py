@@ -30,6 +30,7 @@ Overrides = Annotated[
     typer.Argument(help="changes, e.g. steps=500 optimizer.lr=1e-4", show_default=False),
 ]
 Device = Annotated[str | None, typer.Option(help="cuda, cpu, ...; default: cuda where it is")]
+Model = Annotated[Path, typer.Argument(help="folder that `pixart train` or diffusers wrote")]
 Loras = Annotated[
     list[str] | None,
     typer.Option(
@@ -38,6 +39,10 @@ Loras = Annotated[
         help="merge a LoRA in: peft's, diffusers' or kohya's file or folder; may come again",
         show_default=False,
     ),
+]
+Dtype = Annotated[str, typer.Option(help="float32, bfloat16 or float16")]
+CudaGraphs = Annotated[
+    bool, typer.Option("--cuda-graphs", help="replay the model from a CUDA graph for each size")
 ]
 Memory = Annotated[
     str,
@@ -105,27 +110,36 @@ def encode(recipe: Recipe, overrides: Overrides = None, device: Device = None) -
     """Encode a recipe's images and captions into its feature cache, and count what it holds.
 
     `pixart train` does the same before it begins; an interrupted encoding goes on where it was.
+    Many processes share it: start it as `train`.
     """
+    from accelerate import PartialState
+    from accelerate.utils import parse_flag_from_env
     from rich.console import Console
 
     from pixart.conditioning import VAE, FeatureCache, bucket_table
     from pixart.training import TrainRecipe, load_recipe
     from pixart.training.class_to_image import encode_classes
+    from pixart.training.distributed import check_started
     from pixart.training.text_to_image import encode_images
 
     checked = load_recipe(TrainRecipe, recipe, overrides or ())
     data = checked.data
     if data.images is None or data.vae is None:
         raise ValueError("data.images and data.vae are needed: what to encode, and with what")
+    on_cpu = device == "cpu" or parse_flag_from_env("ACCELERATE_USE_CPU")
+    processes = PartialState(cpu=on_cpu)
+    check_started(processes.num_processes)
+    place = _device(device) if processes.num_processes == 1 else processes.device
     of_class = checked.config.conditioning == "class"
-    (encode_classes if of_class else encode_images)(data, checked.config, _device(device))
-    factor = VAE.from_pretrained(data.vae).factor
-    Console().print(bucket_table(FeatureCache(data.features), factor))
+    (encode_classes if of_class else encode_images)(data, checked.config, place)
+    if processes.is_main_process:
+        factor = VAE.from_pretrained(data.vae).factor
+        Console().print(bucket_table(FeatureCache(data.features), factor))
 
 
 @app.command()
 def generate(
-    model: Annotated[Path, typer.Argument(help="folder that `pixart train` or diffusers wrote")],
+    model: Model,
     prompts: Annotated[
         list[str] | None,
         typer.Argument(metavar="PROMPT...", help="one picture is drawn for each"),
@@ -157,7 +171,7 @@ def generate(
         str | None,
         typer.Option(
             help="dpm-solver++, ddim, euler, iddpm, ...; lcm or dmd for distilled models; default: "
-            "dpm-solver++, or lcm where a diffusers folder says so"
+            "dpm-solver++, or lcm where the model's folder says so"
         ),
     ] = None,
     guidance_scale: Annotated[
@@ -188,11 +202,9 @@ def generate(
     ] = None,
     seed: Annotated[int, typer.Option(help="of the first picture; each next one adds 1")] = 0,
     batch_size: Annotated[int, typer.Option(min=1, help="pictures drawn together")] = 8,
-    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16")] = "float32",
+    dtype: Dtype = "float32",
     device: Device = None,
-    cuda_graphs: Annotated[
-        bool, typer.Option("--cuda-graphs", help="replay the model from a CUDA graph for each size")
-    ] = False,
+    cuda_graphs: CudaGraphs = False,
     memory: Memory = "auto",
     text_8bit: Annotated[
         bool, typer.Option("--text-8bit", help="the text encoder in 8 bits; needs bitsandbytes")
@@ -203,14 +215,11 @@ def generate(
     Each PNG carries its recipe in its metadata. Run it again after an interruption, and only what
     is missing is drawn.
     """
-    import torch
     from rich.progress import MofNCompleteColumn, Progress
 
     from pixart.files import write_atomically
     from pixart.generation import PixArtPipeline, pictures
 
-    if dtype not in ("float32", "bfloat16", "float16"):
-        raise ValueError(f"--dtype is {dtype!r}; accepted: float32, bfloat16, float16")
     if image is None and (mask is not None or strength is not None):
         raise ValueError("--mask and --strength need --image")
     if (control is None) != (controlnet is None):
@@ -220,48 +229,36 @@ def generate(
         requests += pictures.read_requests(prompts_file)
     if not requests:
         raise ValueError("no prompt is given: write some behind the model, or --prompts FILE")
-    place = _device(device)
-    if cuda_graphs and place.type != "cuda":
-        raise ValueError(f"--cuda-graphs needs a GPU, and the pictures are drawn on {place}")
     # before a model of many gigabytes is read
+    opening = _opening(lora, dtype, device, cuda_graphs, memory)
     source = None if image is None else pictures.Source(image, mask, strength)
     if source is not None:
         source.open()
-    pictures.check(
-        sampler=sampler,
-        steps=steps,
-        guidance_scale=guidance_scale,
-        guidance_mask=guidance_mask,
-        seed=seed,
-    )
+    if control is not None:
+        pictures.Source(control).open()
+    settings: dict[str, Any] = {
+        "sampler": sampler,
+        "steps": steps,
+        "guidance_scale": guidance_scale,
+        "guidance_mask": guidance_mask,
+        "seed": seed,
+    }
+    pictures.check(**settings)
     output.mkdir(parents=True, exist_ok=True)
-    loras = _loras(lora)
-    note = _note(model, loras)
-    pipeline = PixArtPipeline.from_pretrained(
-        model,
-        dtype=getattr(torch, dtype),
-        device=place,
-        cuda_graphs=cuda_graphs,
-        memory=memory,
-        text_8bit=text_8bit,
-        loras=loras,
-    )
+    pipeline = PixArtPipeline.from_pretrained(model, text_8bit=text_8bit, **opening)
+    note = _note(model, opening["loras"])
     if control is not None and controlnet is not None:
         note |= {"controlnet": controlnet.resolve().name, "control": control.name}
         pipeline.draw_along(controlnet, pictures.Source(control).open()[0])
     todo = pictures.resolve(
         requests,
         pipeline,
-        seed=seed,
         height=height,
         width=width,
         aspect_ratio=aspect_ratio,
         negative_prompt=negative_prompt,
-        steps=steps,
-        sampler=sampler,
-        guidance_scale=guidance_scale,
-        guidance_mask=guidance_mask,
         source=source,
+        **settings,
     )
     with Progress(*Progress.get_default_columns(), MofNCompleteColumn()) as progress:
         bar = progress.add_task("drawing", total=len(todo))
@@ -282,7 +279,7 @@ def generate(
 
 @app.command()
 def serve(
-    model: Annotated[Path, typer.Argument(help="folder that `pixart train` or diffusers wrote")],
+    model: Model,
     host: Annotated[str, typer.Option(help="address to listen on")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="0: any that is free")] = 7860,
     token: Annotated[
@@ -303,11 +300,9 @@ def serve(
         str | None, typer.Option(help="as for `generate`; default: what suits the model")
     ] = None,
     lora: Loras = None,
-    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16")] = "float32",
+    dtype: Dtype = "float32",
     device: Device = None,
-    cuda_graphs: Annotated[
-        bool, typer.Option("--cuda-graphs", help="replay the model from a CUDA graph for each size")
-    ] = False,
+    cuda_graphs: CudaGraphs = False,
     memory: Memory = "auto",
 ) -> None:
     """Open a web page that draws, and an HTTP API beside it.
@@ -317,24 +312,12 @@ def serve(
     """
     if importlib.util.find_spec("gradio") is None:
         raise ModuleNotFoundError("the web page needs Gradio: pip install 'pixart-kernels[web]'")
-    import torch
-
     from pixart.generation import PixArtPipeline
     from pixart.webui.limits import Limits
     from pixart.webui.server import serve as run
 
-    if dtype not in ("float32", "bfloat16", "float16"):
-        raise ValueError(f"--dtype is {dtype!r}; accepted: float32, bfloat16, float16")
-    loras = _loras(lora)
-    note = _note(model, loras)
-    pipeline = PixArtPipeline.from_pretrained(
-        model,
-        dtype=getattr(torch, dtype),
-        device=_device(device),
-        cuda_graphs=cuda_graphs,
-        memory=memory,
-        loras=loras,
-    )
+    opening = _opening(lora, dtype, device, cuda_graphs, memory)
+    pipeline = PixArtPipeline.from_pretrained(model, **opening)
     limits = Limits(
         side=2 * max(pipeline.size()) if max_side is None else max_side,
         steps=max_steps,
@@ -342,6 +325,7 @@ def serve(
         queue=max_queue,
         rate=max_rate,
     )
+    note = _note(model, opening["loras"])
     run(pipeline, limits, note, sampler=sampler, host=host, port=port, token=token)
 
 
@@ -424,7 +408,11 @@ def plan(
     count: Annotated[int, typer.Option(help="devices, each with a process")] = 1,
     measured: Annotated[
         Path | None,
-        typer.Option(metavar="RUN", help="folder of a short run of the recipe on such devices"),
+        typer.Option(
+            metavar="PATH",
+            help="folder of a short run of the recipe on such devices, or of results of "
+            "python -m benchmarks model",
+        ),
     ] = None,
     efficiency: Annotated[
         float | None, typer.Option(help="share of the floor that is reached; default: the papers'")
@@ -484,6 +472,26 @@ def _shape(preset: str | None, config: Path | None) -> Any:
 def _must_be_new(target: Path) -> None:
     if target.exists() and not (target.is_dir() and not any(target.iterdir())):
         raise ValueError(f"{target} exists already: name a new one, or delete it")
+
+
+def _opening(
+    lora: list[str] | None, dtype: str, device: str | None, cuda_graphs: bool, memory: str
+) -> dict[str, Any]:
+    """Options of both commands that draw, checked, as ``PixArtPipeline`` takes them."""
+    import torch
+
+    if dtype not in ("float32", "bfloat16", "float16"):
+        raise ValueError(f"--dtype is {dtype!r}; accepted: float32, bfloat16, float16")
+    place = _device(device)
+    if cuda_graphs and place.type != "cuda":
+        raise ValueError(f"--cuda-graphs needs a GPU, and the pictures are drawn on {place}")
+    return {
+        "loras": _loras(lora),
+        "dtype": getattr(torch, dtype),
+        "device": place,
+        "cuda_graphs": cuda_graphs,
+        "memory": memory,
+    }
 
 
 def _note(model: Path, loras: list[tuple[Path, float]]) -> dict[str, Any]:

@@ -152,7 +152,7 @@ class PixArtPipeline:
         else:
             raise FileNotFoundError(
                 f"{folder} is no pipeline: expected {PIPELINE} (as `pixart train` writes) or "
-                "model_index.json (as diffusers does)"
+                "model_index.json (as diffusers does), and the model in transformer/"
             )
         vae, encoder = (_part(file, parts, name) for name in ("vae", "text_encoder"))
         model = PixArt.from_pretrained(folder / "transformer")
@@ -347,9 +347,10 @@ class PixArtPipeline:
             drawn_where = F.max_pool2d(white, self.vae.factor) > 0
         control = None
         if self._control is not None:
-            along = ImageOps.fit(self._control[1].convert("RGB"), (width, height))
+            controlled, along = self._control
+            along = ImageOps.fit(along.convert("RGB"), (width, height))
             with self._on_device(self.vae):
-                control = self.vae.encode(to_pixels(along)[None], tiled=tiled)
+                control = controlled, self.vae.encode(to_pixels(along)[None], tiled=tiled)
         if strength is None:
             strength = 1.0 if image is None else default_strength(mask)
         batches = self.draw_latents(
@@ -369,7 +370,7 @@ class PixArtPipeline:
             preview=preview,
         )
         # all of them, small as they are, so that each part has one turn
-        with self._on_device(self.model if self._control is None else self._control[0]):
+        with self._on_device(self.model if control is None else control[0]):
             latents = list(batches)
         with self._on_device(self.vae):
             drawn = [_checked(x) for z in latents for x in self.vae.decode(z, tiled=tiled)]
@@ -425,15 +426,15 @@ class PixArtPipeline:
         start: Tensor | None = None,
         mask: Tensor | None = None,
         strength: float = 1.0,
-        control: Tensor | None = None,
+        control: tuple[ControlledPixArt, Tensor] | None = None,
         callback: Callable[[int, int], None] | None = None,
         preview: Callable[[Tensor], None] | None = None,
     ) -> Iterator[Tensor]:
         """Batches of normalised latents (B, C, h, w), in the order of the prompts.
 
         All begin with ``start`` (1, C, h, w), where given; ``mask`` (1, 1, h, w) and ``strength``
-        are those of ``pixart.diffusion.sample``, and ``control`` (1, C, h, w) that of
-        :meth:`draw_along`.
+        are those of ``pixart.diffusion.sample``. ``control`` is a ControlNet of the model, and the
+        latents (1, C, h, w) of the image that it sees.
         """
         config, device = self.model.config, next(self.model.parameters()).device
         null_caption = prompts.null_caption
@@ -461,8 +462,8 @@ class PixArtPipeline:
             dtype = self.model.final_layer.linear.weight.dtype
             cached = Cached(self.model, self.cuda_graphs)
             run: Callable[..., Tensor] = cached
-            if self._control is not None and control is not None:
-                run = partial(self._control[0], control=control.to(device))
+            if control is not None:
+                run = partial(control[0], control=control[1].to(device))
             yield sample(
                 run,
                 noise.to(device, dtype),

@@ -6,21 +6,21 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from pixart.conditioning import VAE, FeatureCache, TextEncoder, encode_dataset
 from pixart.controlnet import ControlledPixArt
-from pixart.data.sources import ImageFolder
+from pixart.data.sources import UncaptionedFolder
+from pixart.generation import PixArtPipeline, Prompts, contact_sheet
+from pixart.generation.pipeline import to_image
 from pixart.model import PixArt
 from pixart.training.class_to_image import NoText
-from pixart.training.text_to_image import TextToImage, is_encoded, same_source
+from pixart.training.text_to_image import TextToImage, is_encoded
 
-
-class _Uncaptioned(ImageFolder):
-    def __init__(self, *args: Any, **options: Any) -> None:
-        super().__init__(*args, **options)
-        self._rows = [(key, "control") for key in self.keys]
+# of the samples: how many previews show
+PREVIEWS = 8
 
 
 class _WithControl(Dataset[dict[str, Any]]):
@@ -66,6 +66,9 @@ class ControlledTextToImage(TextToImage):
         if controls.metadata.vae != self.features.metadata.vae:
             raise ValueError("control.features were encoded by another autoencoder")
         self.dataset = _WithControl(self.features, controls)
+        if self.recipe.data.vae is not None:
+            self.preview_every = self.recipe.samples.every
+            self._vae = VAE.from_pretrained(self.recipe.data.vae, device=self.device)
 
     def _encode(self) -> None:
         super()._encode()
@@ -75,11 +78,10 @@ class ControlledTextToImage(TextToImage):
         if data.vae is None:
             raise ValueError("control.images is given: data.vae is needed as well")
         vae = VAE.from_pretrained(data.vae)
-        source = _Uncaptioned(
+        source = UncaptionedFolder(
             control.images, data.sizes(vae.factor * self.recipe.config.patch_size)
         )
         same = data.model_copy(update={"features": control.features, "text_encoder": None})
-        same_source(same)
         if is_encoded(source, same):
             return
         encode_dataset(
@@ -106,6 +108,41 @@ class ControlledTextToImage(TextToImage):
 
     def _keywords(self, batch: dict[str, Any]) -> dict[str, Tensor]:
         return {**super()._keywords(batch), "control": batch["control"]}
+
+    def preview(self, module: nn.Module) -> Image.Image:
+        """Of samples all over the data: the control, what is drawn along it, and the original."""
+        assert isinstance(module, ControlledPixArt)
+        recipe, samples, null = self.recipe, self.recipe.samples, self.features.null_caption
+        pipeline = PixArtPipeline(module.base_model, self._vae, None)
+        pictures, texts = [], []
+        # one by one, as they may be of different sizes
+        for i, row in enumerate(range(0, len(self.keys), -(-len(self.keys) // PREVIEWS))):
+            sample = self.dataset[row]
+            batch = self.collate([sample])
+            prompts = Prompts(
+                texts=[sample["text"]],
+                caption=batch["caption"],
+                mask=batch["caption_mask"],
+                negative_prompt="",
+                null_caption=null,
+                null_mask=torch.ones(len(null), dtype=torch.bool),
+            )
+            (drawn,) = pipeline.draw_latents(
+                prompts,
+                batch["control"].shape[2:],
+                seeds=[recipe.seed + i],
+                steps=samples.steps,
+                sampler=samples.sampler,
+                guidance_scale=samples.guidance_scale,
+                # features do not say how long the empty caption is, which the other one needs
+                guidance_mask="official",
+                batch_size=1,
+                control=(module, batch["control"]),
+            )
+            for latents in (batch["control"], drawn, batch["latent_mean"]):
+                pictures.append(to_image(self._vae.decode(latents)[0]))
+            texts += ["control", sample["text"], "original"]
+        return contact_sheet(pictures, texts, columns=6)
 
     def export(self, module: nn.Module, folder: Path) -> None:
         """``controlnet/``, without the model it is for."""

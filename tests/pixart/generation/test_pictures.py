@@ -398,6 +398,7 @@ def test_the_command_draws_a_file_and_its_arguments(
         (["x", "--seed", "-1"], "`seed` is -1"),
         (["x", "--steps", "0"], "`steps` is 0"),
         (["x", "--image", "gone.png"], "gone.png: No such file or directory"),
+        (["x", "--controlnet", "c", "--control", "gone.png"], "gone.png: No such file"),
         (["x", "--output", __file__], "File exists"),
         (["x", "--dtype", "int8"], "--dtype is 'int8'; accepted: float32"),
     ],

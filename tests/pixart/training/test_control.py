@@ -14,6 +14,8 @@ from small_runs import MODEL, log, recipe
 from pixart import PixArt, PixArtConfig
 from pixart.conditioning import VAE, CacheMetadata, CacheWriter
 from pixart.controlnet import ControlledPixArt
+from pixart.generation import PixArtPipeline, Prompts
+from pixart.generation.pipeline import to_image, to_pixels
 from pixart.training import TrainRecipe, train
 from pixart.training.control import ControlledTextToImage
 
@@ -129,6 +131,51 @@ def test_it_learns_where_things_are_and_resumes(folder: Path) -> None:
     assert not any(name.startswith("model.base_model.blocks") for name in load_file(file))
 
 
+def test_previews_are_what_the_exported_controlnet_draws(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    samples = {"every": 1, "steps": 2, "guidance_scale": 2.0}
+    made = controlling(folder, "previews", steps=1, samples=samples)
+    train(made, lambda device: ControlledTextToImage(made, device))
+    assert (made.output / "samples" / "step-0000001.png").is_file()
+
+    task = ControlledTextToImage(made, torch.device("cpu"))
+    # each sample beside the next one's control
+    task.dataset.rows = [*task.dataset.rows[1:], task.dataset.rows[0]]
+    for parameter in task.module.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    shown: list[Image.Image] = []
+    texts: list[str] = []
+
+    def sheet(pictures: list[Image.Image], names: list[str], columns: int) -> None:
+        shown.extend(pictures)
+        texts.extend(names)
+
+    monkeypatch.setattr("pixart.training.control.contact_sheet", sheet)
+    task.preview(task.module)
+    captions = [f"sub/{i}.jpg" for i in range(COUNT)]
+    assert texts == [text for caption in captions for text in ("control", caption, "original")]
+
+    task.export(task.module, folder / "previews")
+    vae = VAE.from_pretrained(folder / "vae")
+    pipeline = PixArtPipeline(task.module.base_model, vae, None)
+    files = [folder / "edges" / "sub" / f"{i}.png" for i in range(COUNT)]
+    decoded = [to_image(vae.decode(vae.encode(to_pixels(Image.open(f))[None]))[0]) for f in files]
+    caption, mask = torch.zeros(1, 2, 6), torch.ones(1, 2)
+    for i, (control, drawn, original) in enumerate(zip(*[iter(shown)] * 3, strict=True)):
+        edges = (i + 1) % COUNT
+        assert difference(control, decoded[edges]) < 2
+        assert difference(original, decoded[i]) < 2
+        prompts = Prompts([captions[i]], caption, mask, "", caption[0], mask[0])
+        pipeline.draw_along(folder / "previews" / "controlnet", Image.open(files[edges]))
+        (expected,) = pipeline(prompts, seed=i, steps=2, guidance_scale=2.0)
+        assert difference(drawn, expected) < 0.1
+
+
+def difference(a: Image.Image, b: Image.Image) -> float:
+    return 127.5 * (to_pixels(a) - to_pixels(b)).abs().mean().item()
+
+
 def test_control_images_are_encoded_once_and_found_by_name(folder: Path) -> None:
     made = controlling(folder, "encoded")
     task = ControlledTextToImage(made, torch.device("cpu"))
@@ -164,7 +211,7 @@ def test_images_without_their_control_are_named(
     ("changes", "message"),
     [
         ({"lora": {}}, "control: .*goes without lora"),
-        ({"samples": {"prompts": ["a"]}}, "control: .*pixart generate --control"),
+        ({"samples": {"prompts": ["a"]}}, "control: .*captions of the data are drawn"),
         ({"parallel": {"sequence": 2}}, "control: .*parallel.sequence 1"),
         ({"model": BASE}, "control: .*model.init"),
         ({"control": {"images": "x"}}, "control.features: required"),
