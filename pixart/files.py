@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import shutil
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any
 
@@ -28,8 +30,8 @@ def write_complete(*files: tuple[Path, Callable[[Path], object]]) -> None:
     paths = [path for path, _ in files]
     try:
         for path, partial, (_, write) in zip(paths, partials, files, strict=True):
-            path.parent.mkdir(parents=True, exist_ok=True)
             try:
+                path.parent.mkdir(parents=True, exist_ok=True)
                 write(partial)
                 sync(partial)
             except (OSError, RuntimeError, SafetensorError) as error:
@@ -43,8 +45,10 @@ def write_complete(*files: tuple[Path, Callable[[Path], object]]) -> None:
         for path, partial in zip(paths, partials, strict=True):
             os.replace(partial, path)
     finally:
+        # a read-only disk refuses even where there is none
         for partial in partials:
-            partial.unlink(missing_ok=True)
+            with suppress(OSError):
+                partial.unlink(missing_ok=True)
     for folder in {path.parent for path in paths}:
         sync(folder)
 
@@ -84,6 +88,15 @@ def finish_folder(final: Path) -> None:
     os.replace(partial, final)
     sync(final.parent)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def digest(path: Path) -> str:
+    """SHA-256 of a file's bytes, in hex."""
+    found = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            found.update(block)
+    return found.hexdigest()
 
 
 def _same(path: Path, other: Path) -> bool:

@@ -9,11 +9,12 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL
+from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from pixart.data.sources import BadSample, ImageFolder
+from pixart.data.sources import BadSample, UncaptionedFolder
 from pixart.files import finish_folder, unfinished_folder
 from pixart.generation import contact_sheet
 from pixart.generation.pipeline import to_image
@@ -29,7 +30,7 @@ INITIAL_LOG_VARIANCE = -6.0
 class _Pictures(Dataset):
     """The pictures of a folder; a bad one is its :class:`BadSample`, for the task to count."""
 
-    def __init__(self, source: ImageFolder) -> None:
+    def __init__(self, source: UncaptionedFolder) -> None:
         self.source = source
 
     def __len__(self) -> int:
@@ -55,7 +56,9 @@ class _Autoencoder(nn.Module):
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Reconstructions, and the KL divergence to a unit Gaussian per latent element."""
-        posterior = self.vae.encode(images).latent_dist
+        moments = self.vae.encode(images).latent_dist.parameters
+        # a sum over a picture's latents overflows fp16
+        posterior = DiagonalGaussianDistribution(moments.float())
         latents = posterior.sample()
         return self.vae.decode(latents).sample, posterior.kl().sum() / latents.numel()
 
@@ -73,7 +76,7 @@ class Autoencoder:
 
     def __init__(self, recipe: VAERecipe, device: torch.device) -> None:
         self.recipe, self.device = recipe, device
-        self.dataset = _Pictures(ImageFolder(recipe.images, recipe.size))
+        self.dataset = _Pictures(UncaptionedFolder(recipe.images, recipe.size))
         if len(self.dataset) == 0:
             raise ValueError(f"images: {recipe.images} holds no picture")
         self.keys = self.dataset.source.keys
@@ -187,9 +190,19 @@ def _lpips(device: torch.device) -> nn.Module:
     """Distance of pictures in [-1, 1] as VGG sees them, (B, 3, H, W) twice -> (B, 1, 1, 1)."""
     try:
         import lpips
-    except ModuleNotFoundError as error:
+
+        distance = lpips.LPIPS(net="vgg", verbose=False)
+    # RuntimeError: a torchvision for another torch
+    except (ImportError, RuntimeError) as error:
         raise ValueError(
-            f"perceptual_weight needs the package lpips, which is not there ({error}): pip install "
-            "lpips (it brings torchvision), or set perceptual_weight=0"
-        ) from None
-    return lpips.LPIPS(net="vgg", verbose=False).to(device).eval().requires_grad_(False)
+            f"perceptual_weight needs the package lpips, which does not load ({error}): pip "
+            f"install lpips and the torchvision for torch {torch.__version__}, or set "
+            "perceptual_weight=0"
+        ) from error
+    except OSError as error:
+        raise ValueError(
+            f"perceptual_weight needs VGG's weights, which could not be downloaded ({error}): put "
+            f"torchvision's vgg16-397923af.pth into {torch.hub.get_dir()}/checkpoints, or set "
+            "perceptual_weight=0"
+        ) from error
+    return distance.to(device).eval().requires_grad_(False)

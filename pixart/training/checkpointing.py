@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import shutil
 import warnings
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
@@ -21,7 +21,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
 
-from pixart.files import finish_folder, unfinished_folder
+from pixart.files import digest, finish_folder, unfinished_folder
 from pixart.training.distributed import Processes
 from pixart.training.ema import EMA
 from pixart.training.recipe import Run
@@ -85,6 +85,10 @@ class Checkpoints:
         except (OSError, RuntimeError, CheckpointException) as error:
             raise self._failed(step, error) from error
         assert isinstance(future, Future)
+        if self.processes.rank == 0:
+            beside = ThreadPoolExecutor(1)
+            future = beside.submit(_digests, future, partial)
+            beside.shutdown(wait=False)
         self._writing = step, about, future
 
     def poll(self) -> None:
@@ -98,12 +102,12 @@ class Checkpoints:
             return
         (step, about, future), self._writing = self._writing, None
         try:
-            future.result()
+            files = future.result()
             # the future says that all processes have written
             if self.processes.rank == 0:
                 final = self.run.name(step)
                 partial = final.with_name(f".{final.name}.unfinished")
-                about = {**about, "files": sorted(file.name for file in partial.iterdir())}
+                about = {**about, "files": files}
                 (partial / ABOUT).write_text(json.dumps(about, indent=2))
                 finish_folder(final)
                 self.run.prune(self.recipe.keep_checkpoints, self.recipe.keep_every)
@@ -113,9 +117,11 @@ class Checkpoints:
     def load(self, folder: Path) -> None:
         """Puts a checkpoint's state in place. Raises RuntimeError where this run cannot have it."""
         try:
-            self._make_optimizer_state()
-            state = self._state()
             reader = dcp.HuggingFaceStorageReader(str(folder))
+            # none where fp16 overflowed at every step so far
+            if any(x.startswith("optimizer.") for x in reader.read_metadata().state_dict_metadata):
+                self._make_optimizer_state()
+            state = self._state()
             dcp.load(state, storage_reader=reader, process_group=self.processes.saving)
             self._take_numbers(state)
         except (Exception, CheckpointException) as error:
@@ -173,24 +179,47 @@ class Checkpoints:
         )
 
 
-def read_about(folder: Path) -> dict[str, Any]:
-    """What :meth:`Checkpoints.save` was told. Raises RuntimeError where files are damaged."""
+def read_about(folder: Path, processes: Processes) -> dict[str, Any]:
+    """What :meth:`Checkpoints.save` was told. All processes must call it.
+
+    Raises RuntimeError where a file is missing or is not what was written.
+    """
+    about, damage = {}, None
     try:
         about = json.loads((folder / ABOUT).read_text())
+        files = about["files"]
         # a part that nobody misses would be read as what was in memory before
-        missing = [name for name in about["files"] if not (folder / name).is_file()]
+        missing = [name for name in files if not (folder / name).is_file()]
         if missing:
             raise FileNotFoundError(f"{', '.join(missing)} is missing")
-        for file in folder.glob("*.safetensors"):
-            # reads the header, which tells the file's size
-            with safe_open(file, "pt"):
-                pass
+        for name in sorted(files)[processes.rank :: processes.count]:
+            _verify(folder / name, files[name] if isinstance(files, dict) else None)
     except (FileNotFoundError, LookupError, TypeError, ValueError, SafetensorError) as error:
+        damage = error
+    (damaged,) = processes.total(damage is not None)
+    if damaged:
+        reason = "another process says why" if damage is None else _reason(damage)
         raise RuntimeError(
-            f"{folder} cannot be read ({_reason(error)}). Delete it, and the run goes on from the "
+            f"{folder} cannot be read ({reason}). Delete it, and the run goes on from the "
             "checkpoint before"
-        ) from error
+        ) from damage
     return about
+
+
+def _digests(written: Future, folder: Path) -> dict[str, str]:
+    """Of each file in a folder, once it is written."""
+    written.result()
+    return {file.name: digest(file) for file in sorted(folder.iterdir())}
+
+
+def _verify(file: Path, expected: str | None) -> None:
+    """Reads the file; or its header alone, which tells its size, where no digest was kept."""
+    if expected is not None:
+        if digest(file) != expected:
+            raise ValueError(f"{file.name} is not what was written: its checksum does not match")
+    elif file.suffix == ".safetensors":
+        with safe_open(file, "pt"):
+            pass
 
 
 def _reason(error: BaseException) -> str:

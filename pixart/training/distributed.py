@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import warnings
 from typing import Any
 
@@ -15,6 +16,16 @@ from torch.distributed.tensor import DTensor
 
 from pixart.model import Block, PixArt
 from pixart.training.recipe import Parallel
+
+
+def check_started(found: int) -> None:
+    """Raises RuntimeError where more processes were started than have found each other."""
+    started = int(os.environ.get("WORLD_SIZE", 1))
+    if started > found:
+        raise RuntimeError(
+            f"{started} processes were started, and each would work alone: without a GPU, set "
+            "ACCELERATE_USE_CPU=true"
+        )
 
 
 class Processes:

@@ -122,9 +122,12 @@ class Run(Section):
 
     @field_validator("parallel")
     @classmethod
-    def _precise(cls, parallel: Parallel, info: ValidationInfo) -> Parallel:
+    def _sharded(cls, parallel: Parallel, info: ValidationInfo) -> Parallel:
         if parallel.strategy == "fsdp" and info.data.get("mixed_precision") == "fp16":
             raise ValueError("fsdp goes with mixed_precision bf16 or no, not with fp16")
+        optimizer = info.data.get("optimizer")
+        if parallel.strategy == "fsdp" and optimizer and optimizer.name == "adamw-8bit":
+            raise ValueError("fsdp goes with optimizer adamw or came: bitsandbytes has no shards")
         return parallel
 
 
@@ -305,7 +308,7 @@ class TrainRecipe(Run):
             raise ValueError("goes with parallel.sequence 1")
         samples = info.data.get("samples")
         if info.field_name == "control" and samples is not None and samples.prompts:
-            raise ValueError("goes without samples.prompts: draw with pixart generate --control")
+            raise ValueError("goes without samples.prompts: captions of the data are drawn")
         return section
 
     @property
@@ -333,6 +336,15 @@ class VAERecipe(Run):
     perceptual_weight: float = Field(default=0, ge=0, description="of LPIPS, from package lpips")
     kl_weight: float = Field(default=1e-6, ge=0)
     samples_every: Positive = 1000
+
+    @field_validator("perceptual_weight")
+    @classmethod
+    def _of_size(cls, weight: float, info: ValidationInfo) -> float:
+        if weight and info.data.get("size", 16) < 16:
+            raise ValueError(
+                "needs a size of 16 or more: LPIPS's network halves pictures four times"
+            )
+        return weight
 
     @field_validator("parts")
     @classmethod
@@ -457,6 +469,8 @@ def _problem(kind: type[BaseModel], problem: Any) -> str:
         if literal:
             values = get_args(literal.model_fields[key].annotation)
             message += _nearest(problem["input"], map(str, values))
+    if problem["type"] == "path_type":
+        message = "should be a path"
     if where == "model":
         return f"{where}: {message}"
     return f"{where}: got {problem['input']!r}; {message[0].lower()}{message[1:]}"

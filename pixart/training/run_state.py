@@ -25,9 +25,12 @@ from pixart.training.recipe import Run
 # so may `steps` where the learning rate does not hang on them
 FREE_TO_CHANGE = frozenset(
     ("output", "workers", "log_every", "checkpoint_every", "keep_checkpoints", "keep_every",
-     "parallel", "gradient_checkpointing", "samples", "samples_every")
+     "parallel", "gradient_checkpointing", "samples", "samples_every", "data.max_bad_fraction")
 )  # fmt: skip
-
+# may move, or be written another way: that the samples in them are the same is checked with them
+FOLDERS = frozenset(
+    ("images", "data.images", "data.features", "data.vae", "control.images", "control.features")
+)
 
 PACKAGES = (
     "pixart-kernels", "torch", "triton", "accelerate", "diffusers", "transformers", "safetensors",
@@ -55,12 +58,13 @@ class RunFolder:
         values = recipe.model_dump(mode="json")
         file = self.folder / "recipe.yaml"
         if file.exists() and self.last_checkpoint() is not None:
-            before = yaml.safe_load(file.read_text())
+            before, now = _flat(yaml.safe_load(file.read_text())), _flat(values)
             free = FREE_TO_CHANGE | ({"steps"} if recipe.schedule.name == "constant" else set())
             changed = [
-                f"  {key}: {before.get(key)} -> {values.get(key)}"
-                for key in sorted(before.keys() | values.keys())
-                if key not in free and before.get(key) != values.get(key)
+                f"  {key}: {before.get(key)} -> {now.get(key)}"
+                for key in sorted(before.keys() | now.keys())
+                if not free & {key, key.split(".")[0]}
+                and _differ(key, before.get(key), now.get(key))
             ]
             if changed:
                 raise ValueError(
@@ -86,8 +90,8 @@ class RunFolder:
             "commit": commit_of(Path(__file__)),
             "versions": {"python": platform.python_version(), **_versions()},
         }
-        with (self.folder / "starts.jsonl").open("a") as file:
-            file.write(json.dumps(start) + "\n")
+        file = self.folder / "starts.jsonl"
+        _write_rows(file, [*_read_rows(file), start])
 
     def last_checkpoint(self) -> tuple[int, Path] | None:
         found = self._complete()
@@ -110,24 +114,47 @@ class RunFolder:
 
     def rewind_log(self, step: int) -> None:
         """Drops what a killed run logged after the checkpoint that it is resumed from."""
-        rows = [row for row in self.read_log() if row["step"] <= step]
-        text = "".join(json.dumps(row) + "\n" for row in rows)
-        write_atomically(self.log_file, lambda f: f.write(text.encode()))
+        _write_rows(self.log_file, [row for row in self.read_log() if row["step"] <= step])
 
     def read_log(self) -> list[dict[str, Any]]:
-        if not self.log_file.exists():
-            return []
-        rows = []
-        for line in self.log_file.read_text().splitlines():
-            try:
-                rows.append(json.loads(line))
-            except json.JSONDecodeError:
-                break  # the line that a killed run was writing
-        return rows
+        return _read_rows(self.log_file)
 
     def log(self, row: dict[str, Any]) -> None:
         with self.log_file.open("a") as file:
             file.write(json.dumps(row) + "\n")
+
+
+def _read_rows(file: Path) -> list[dict[str, Any]]:
+    if not file.exists():
+        return []
+    rows = []
+    for line in file.read_text().splitlines():
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            break  # the line that a killed run was writing
+    return rows
+
+
+def _write_rows(file: Path, rows: list[dict[str, Any]]) -> None:
+    text = "".join(json.dumps(row) + "\n" for row in rows)
+    write_atomically(file, lambda f: f.write(text.encode()))
+
+
+def _flat(values: dict[str, Any], section: str = "") -> dict[str, Any]:
+    """Of sections within sections, each value by its key as it is written in an override."""
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        inner = isinstance(value, dict)
+        flat |= _flat(value, f"{section}{key}.") if inner else {f"{section}{key}": value}
+    return flat
+
+
+def _differ(key: str, before: Any, now: Any) -> bool:
+    if key not in FOLDERS or before is None or now is None:
+        return before != now
+    # what is no longer there has moved
+    return Path(before).exists() and Path(before).resolve() != Path(now).resolve()
 
 
 def _versions() -> dict[str, str]:

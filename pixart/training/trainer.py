@@ -11,14 +11,14 @@ from __future__ import annotations
 import copy
 import hashlib
 import math
-import os
+import re
 import resource
 import signal
 import sys
 import threading
 import time
 from collections.abc import Callable, Hashable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any, NoReturn, Protocol
 
@@ -43,7 +43,15 @@ from torch.utils.data import DataLoader, Dataset
 from pixart.data.batches import BatchStream
 from pixart.files import write_atomically
 from pixart.training.checkpointing import Checkpoints, read_about
-from pixart.training.distributed import Processes, full, local, seed_batch, shard, share_tokens
+from pixart.training.distributed import (
+    Processes,
+    check_started,
+    full,
+    local,
+    seed_batch,
+    shard,
+    share_tokens,
+)
 from pixart.training.ema import EMA
 from pixart.training.optimizers import make_optimizer
 from pixart.training.recipe import Run, Schedule
@@ -51,6 +59,8 @@ from pixart.training.run_state import RunFolder
 
 # a loss so many times the highest of the first logged ones does not come back
 DIVERGED, FIRST_LOSSES = 10, 10
+# what fp16's losses are multiplied by halves at each overflow: from 2**16, at 30 in a row
+LOWEST_SCALE = 1e-4
 # seconds in which signals are one wish: torchrun passes on what Slurm or a terminal sent already
 ONE_WISH = 5.0
 
@@ -132,19 +142,17 @@ def train(recipe: Run, make_task: Callable[[torch.device], Task]) -> RunFolder:
         log_with="tensorboard",
         project_dir=str(recipe.output),
     )
-    started = int(os.environ.get("WORLD_SIZE", 1))
-    if started > accelerator.num_processes:
-        raise RuntimeError(
-            f"{started} processes were started and each would train alone in {recipe.output}: "
-            "without a GPU, set ACCELERATE_USE_CPU=true"
-        )
+    if recipe.mixed_precision == "fp16" and accelerator.device.type == "cpu":
+        # accelerate would train in float32, and not say so
+        accelerator.native_amp, accelerator.scaler = True, torch.amp.GradScaler("cpu")
+    check_started(accelerator.num_processes)
     processes = Processes(recipe.parallel)
     run = RunFolder(recipe.output)
     if accelerator.is_main_process:
         run.begin(recipe)
     processes.wait()
     last = run.last_checkpoint()
-    about = read_about(last[1]) if last is not None else {}
+    about = read_about(last[1], processes) if last is not None else {}
     # of a step, on all processes together
     batches = about.get("batches", recipe.gradient_accumulation * processes.streams)
     if batches % processes.streams:
@@ -188,12 +196,15 @@ def train(recipe: Run, make_task: Callable[[torch.device], Task]) -> RunFolder:
     processes.wait()
     accelerator.init_trackers("tensorboard", init_kwargs={"tensorboard": {"purge_step": start + 1}})
 
-    loop = _Loop(recipe, accelerator, processes, run, task, bare, checkpoints, start, batches, data)
+    updates = about.get("updates", start)
+    loop = _Loop(
+        recipe, accelerator, processes, run, task, bare, checkpoints, start, updates, batches, data
+    )
     progress = _progress(processes.rank == 0)
     with checkpoints, progress, _signals() as received, loop.explaining():
         bar = progress.add_task(recipe.output.name, total=recipe.steps, completed=start, note="")
         for step in range(start + 1, recipe.steps + 1):
-            if not loop.step(step, stop=bool(received)):
+            if not loop.step(step, received):
                 loop.stop(step - 1, received[0] if received else signal.SIGTERM)
             at_end = step == recipe.steps
             at_checkpoint = at_end or step % recipe.checkpoint_every == 0
@@ -212,7 +223,8 @@ def train(recipe: Run, make_task: Callable[[torch.device], Task]) -> RunFolder:
             progress.update(bar, completed=step)
     if start >= recipe.steps:
         loop.export()
-    accelerator.end_training()
+    with suppress(OSError):
+        accelerator.end_training()
     return run
 
 
@@ -243,16 +255,19 @@ class _Loop:
         bare: nn.Module,
         checkpoints: Checkpoints,
         start: int,
+        updates: int,
         batches: int,
         data: dict[str, Any],
     ) -> None:
         self.recipe, self.accelerator, self.processes = recipe, accelerator, processes
         self.run, self.task, self.bare = run, task, bare
         self.checkpoints, self.batches, self.data = checkpoints, batches, data
+        # steps less those that were skipped
+        self.updates = updates
         for group in checkpoints.optimizer.param_groups:
             group["initial_lr"] = group["lr"]
         rate = learning_rate(recipe.schedule, recipe.steps)
-        self.schedule = LambdaLR(checkpoints.optimizer, rate, last_epoch=start - 1)
+        self.schedule = LambdaLR(checkpoints.optimizer, rate, last_epoch=updates - 1)
         # after the schedule: each wraps the optimiser's step, and accelerate puts back what it met
         self.optimizer = accelerator.prepare_optimizer(checkpoints.optimizer)
         # FSDP's hooks are on the module itself
@@ -261,23 +276,29 @@ class _Loop:
         self._first_losses = [row["loss"] for row in run.read_log()[:FIRST_LOSSES]]
         self._sums: dict[str, Tensor] = {}
         self._weights: dict[str, float] = {}
+        self._scale = accelerator.scaler.get_scale() if accelerator.scaler else 0.0
+        self._skipped = 0
         self._peak = _peak_flops(accelerator.device, recipe.mixed_precision)
         self._flops, self._saved = 0, start
         self._waited, self._since = 0.0, time.perf_counter()
 
-    def step(self, step: int, stop: bool) -> bool:
-        """Moves the weights; False, and nothing done, where a process was told to stop."""
+    def step(self, step: int, received: list[int]) -> bool:
+        """Moves the weights; False, and nothing done, where a process received a signal."""
         self.checkpoints.poll()
         recipe, processes = self.recipe, self.processes
         # before the data, whose processes may have been told as well
-        (stopping,) = processes.total(stop)
-        if stopping:
+        if self._told(received):
             return False
         count = self.batches // processes.streams
         batches = self._fetch(count)
         sizes = [_samples(batch) for batch in batches]
         (samples,) = processes.total(sum(sizes))
+        before = self._sums.copy(), self._weights.copy()
         for k, (batch, size) in enumerate(zip(batches, sizes, strict=True)):
+            # a step may take longer than a launcher waits before it kills
+            if k and self._told(received):
+                self._sums, self._weights = before
+                return False
             seed_batch(recipe.seed, ((step - 1) * count + k) * processes.streams + processes.stream)
             # gradients become their mean over the processes
             weight = size * processes.count / samples
@@ -287,14 +308,37 @@ class _Loop:
             self._add(losses, size)
         if recipe.gradient_clip is not None:
             parameters = list(self.task.module.parameters())
-            norm = self.accelerator.clip_grad_norm_(parameters, recipe.gradient_clip)
-            self._add({"gradient_norm": full(norm)}, 1)
+            norm = full(self.accelerator.clip_grad_norm_(parameters, recipe.gradient_clip))
         self._lr = float(self.schedule.get_last_lr()[0])
         self.optimizer.step()
         self.optimizer.zero_grad()
+        if self._overflowed(step):
+            return True
+        if recipe.gradient_clip is not None:
+            self._add({"gradient_norm": norm}, 1)
+        self.updates += 1
         self.schedule.step()
         if self.checkpoints.ema is not None:
-            self.checkpoints.ema.step(step)
+            self.checkpoints.ema.step(self.updates)
+        return True
+
+    def _told(self, received: list[int]) -> bool:
+        (told,) = self.processes.total(bool(received))
+        return bool(told)
+
+    def _overflowed(self, step: int) -> bool:
+        """Whether a gradient was infinite or nan in fp16, and the weights stayed what they were."""
+        if self.accelerator.scaler is None:
+            return False
+        # not accelerate's step_was_skipped: a fused optimiser is called, and skips by itself
+        before, self._scale = self._scale, self.accelerator.scaler.get_scale()
+        if self._scale >= before:
+            return False
+        self._skipped += 1
+        if self._scale < LOWEST_SCALE:
+            raise self._diverged(
+                f"gradients are infinite or nan at step {step}, even of the loss times {before:.1g}"
+            )
         return True
 
     def _fetch(self, count: int) -> list[dict[str, Any]]:
@@ -329,6 +373,9 @@ class _Loop:
         self._waited, self._since = 0.0, time.perf_counter()
         row = {name: a / b for name, a, b in zip(names, sums, weights, strict=True)}
         self._check(row["loss"], step)
+        if self.accelerator.scaler is not None:
+            row |= {"loss_scale": self._scale, "skipped_steps": self._skipped}
+        skipped, self._skipped = self._skipped, 0
         count, same = self.processes.count, self.recipe.parallel.sequence
         # processes that share a picture have counted it each
         speed = weights[names.index("loss")] / same / seconds
@@ -341,10 +388,13 @@ class _Loop:
         if self._peak is not None and flops:
             # a backward is two forwards; what checkpointing makes again does not count
             row["mfu"] = 3 * flops / same / count / seconds / self._peak
-        self.accelerator.log(row, step=step)
         if self.processes.rank == 0:
             self.run.log({"step": step, **row})
-        return f"loss {row['loss']:.4f}  {speed:.1f} images/s"
+        # TensorBoard shows what is in the log, and is no reason to end a run
+        with suppress(OSError):
+            self.accelerator.log(row, step=step)
+        note = f"loss {row['loss']:.4f}  {speed:.1f} images/s"
+        return note + (f"  {skipped} skipped: fp16 overflowed" if skipped else "")
 
     def _check(self, loss: float, step: int) -> None:
         if not math.isfinite(loss):
@@ -359,7 +409,9 @@ class _Loop:
 
     @contextmanager
     def explaining(self) -> Iterator[None]:
-        """Says more of what torch raises, wherever this process is, when a loader's one dies.
+        """Says what to do where a disk is full, or a process that reads data fails or dies.
+
+        torch raises of its death wherever this process is.
 
         Ends the loader's processes: at exit Python would wait for what ignores its SIGTERM.
         """
@@ -368,12 +420,21 @@ class _Loop:
         except (RuntimeError, OSError) as error:
             # where a file was being written, what said that it cannot be was told so
             died = error.__cause__ if isinstance(error, OSError) else error
-            if "DataLoader worker" not in str(died):
-                raise
-            raise RuntimeError(
-                f"a process that reads data died: {died} {self._kept()}. If memory ran out, "
-                "lower workers; then run the same command again"
-            ) from error
+            if re.search("DataLoader worker .*(exited unexpectedly|killed by signal)", str(died)):
+                raise RuntimeError(
+                    f"a process that reads data died: {died} {self._kept()}. If memory ran out, "
+                    "lower workers; then run the same command again"
+                ) from error
+            # what one says comes at the end of its traceback
+            caught = rf"(?sm)Caught .* in DataLoader worker.*^\S*{type(error).__name__}: (.*)"
+            if said := re.match(caught, str(error)):
+                raise type(error)(said[1].strip()) from error
+            if isinstance(error, OSError):
+                raise OSError(
+                    f"the run in {self.run.folder} ended: {error}. {self._kept()}. Once that is "
+                    "mended, run the same command again"
+                ) from error
+            raise
         finally:
             if self.recipe.workers:
                 self.loader._shutdown_workers()
@@ -410,7 +471,7 @@ class _Loop:
         # before the checkpoint counts, so that none is without its export
         self.export()
         scaler = self.accelerator.scaler
-        about = {"batches": self.batches, "data": self.data}
+        about = {"batches": self.batches, "data": self.data, "updates": self.updates}
         self.checkpoints.save(step, about | {"scaler": scaler and scaler.state_dict()})
         self._saved = step
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import faulthandler
 import multiprocessing
 import os
+import signal
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -34,16 +36,20 @@ class Apart:
             process.start()
 
     def wait(self) -> list[int | None]:
-        """Exit codes. None: it hung, 20 seconds after another failed or for minutes."""
-        deadline = time.monotonic() + 240
+        """Exit codes. None: it hung, two minutes after another failed or for many."""
+        deadline = time.monotonic() + 500
         while any(process.exitcode is None for process in self.processes):
             if any(process.exitcode for process in self.processes):
-                deadline = min(deadline, time.monotonic() + 20)
+                deadline = min(deadline, time.monotonic() + 120)
             if time.monotonic() > deadline:
                 break
             time.sleep(0.02)
         codes = [process.exitcode for process in self.processes]
         for process in self.processes:
+            if process.exitcode is None:
+                # tells where it hangs
+                os.kill(process.pid, signal.SIGABRT)
+                process.join(5)
             process.kill()
         return codes
 
@@ -72,4 +78,5 @@ def _child(
     file = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     for stream in (1, 2):
         os.dup2(file, stream)
+    faulthandler.enable()
     work(*arguments)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from pathlib import Path
 
@@ -22,6 +23,20 @@ def test_a_failed_write_leaves_what_was_there(tmp_path: Path) -> None:
         write_atomically(path, fails)
     assert path.read_bytes() == b"old"
     assert os.listdir(path.parent) == ["file"]
+
+
+@pytest.mark.parametrize("call", ["mkdir", "open"])
+def test_a_disk_that_takes_nothing_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str
+) -> None:
+    def refuse(*_: object, **options: object) -> None:
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    # a read-only disk says so of a file that is not there, too
+    for name in (call, "unlink"):
+        monkeypatch.setattr(Path, name, refuse)
+    with pytest.raises(OSError, match="cannot write .*file: .*Read-only.*another place"):
+        write_atomically(tmp_path / "file", lambda file: file.write(b"new"))
 
 
 def test_a_folder_appears_whole_and_replaces_the_old(tmp_path: Path) -> None:

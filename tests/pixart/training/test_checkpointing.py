@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import pickle
 import resource
@@ -14,17 +15,10 @@ import pytest
 import torch
 from processes import Apart
 from safetensors.torch import load_file
-from small_runs import recipe, run, train_in_turn, weights, write_features
+from small_runs import MODEL, recipe, run, train_apart, train_in_turn, weights, write_features
 
 from pixart.training import train
 from pixart.training.text_to_image import TextToImage
-
-
-@pytest.fixture(scope="module")
-def features(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("features")
-    write_features(folder)
-    return folder
 
 
 @pytest.mark.parametrize("accumulation", [1, 2])
@@ -129,7 +123,7 @@ def test_a_full_disk_keeps_what_was_saved(tmp_path: Path, features: Path) -> Non
     assert run(made) == whole
 
 
-@pytest.mark.parametrize("how", ["garbage", "truncated", "missing", "unknown"])
+@pytest.mark.parametrize("how", ["garbage", "truncated", "flipped", "missing", "unknown"])
 def test_a_damaged_checkpoint_is_named(tmp_path: Path, features: Path, how: str) -> None:
     whole = run(recipe(tmp_path / "run", features))
     damaged = tmp_path / "run" / "checkpoints" / "step-0000012"
@@ -138,15 +132,56 @@ def test_a_damaged_checkpoint_is_named(tmp_path: Path, features: Path, how: str)
         file.write_bytes(b"\xff" * file.stat().st_size)
     elif how == "truncated":
         file.write_bytes(file.read_bytes()[:-8])
+    elif how == "flipped":
+        flip_last_bit(file)
     elif how == "missing":
         file.unlink()
     else:
         (damaged / "checkpoint.json").write_text("no json")
-    reason = "safetensors is missing" if how == "missing" else ""
+    reasons = {"missing": "safetensors is missing", "flipped": "checksum does not match"}
+    reason = reasons.get(how, "")
     with pytest.raises(RuntimeError, match=f"step-0000012 cannot be read.*{reason}.*Delete it"):
         run(recipe(tmp_path / "run", features))
     shutil.rmtree(damaged)
     assert run(recipe(tmp_path / "run", features)) == whole
+
+
+def flip_last_bit(file: Path) -> None:
+    data = bytearray(file.read_bytes())
+    data[-1] ^= 1
+    file.write_bytes(data)
+
+
+def test_each_process_checks_a_part_and_all_end(tmp_path: Path, features: Path) -> None:
+    made = recipe(tmp_path / "run", features, steps=5, parallel={"strategy": "fsdp"})
+    train_apart(made, processes=2)
+    *_, last = sorted((made.output / "checkpoints" / "step-0000005").glob("*.safetensors"))
+    flip_last_bit(last)
+    more = recipe(made.output, features, steps=5, parallel={"strategy": "fsdp"})
+    apart = Apart(train_in_turn, more, output=tmp_path / "out", processes=2)
+    assert apart.wait() == [1, 1]
+    assert f"{last.name} is not what was written" in apart.text
+    assert apart.text.count("step-0000005 cannot be read") == 2
+
+
+def test_a_checkpoint_without_checksums_is_read(tmp_path: Path, features: Path) -> None:
+    """As of before there were any: a list of names."""
+    constant = {"schedule": {"name": "constant", "warmup_steps": 3}}
+    run(recipe(tmp_path / "run", features, steps=5, **constant))
+    folder = tmp_path / "run" / "checkpoints" / "step-0000005"
+    about = json.loads((folder / "checkpoint.json").read_text())
+    assert about["files"] and all(len(digest) == 64 for digest in about["files"].values())
+    (folder / "checkpoint.json").write_text(json.dumps({**about, "files": list(about["files"])}))
+    assert len(run(recipe(tmp_path / "run", features, steps=6, **constant))) == 6
+    # what can be told without them still is
+    (file,) = (tmp_path / "run" / "checkpoints" / "step-0000006").glob("*.safetensors")
+    about = json.loads((file.parent / "checkpoint.json").read_text())
+    (file.parent / "checkpoint.json").write_text(
+        json.dumps({**about, "files": list(about["files"])})
+    )
+    file.write_bytes(file.read_bytes()[:-8])
+    with pytest.raises(RuntimeError, match="step-0000006 cannot be read"):
+        run(recipe(tmp_path / "run", features, steps=7, **constant))
 
 
 def test_only_a_damaged_checkpoint_is_to_be_deleted(tmp_path: Path, features: Path) -> None:
@@ -209,8 +244,30 @@ def test_a_checkpoint_is_read_without_executing_code(tmp_path: Path, features: P
 
 def test_folder_of_another_recipe_is_refused(tmp_path: Path, features: Path) -> None:
     run(recipe(tmp_path / "run", features))
-    with pytest.raises(ValueError, match=r"another recipe:\n  batch_size: 4 -> 8"):
-        run(recipe(tmp_path / "run", features, batch_size=8))
+    changed = {"batch_size": 8, "model": {**MODEL, "depth": 3}}
+    with pytest.raises(
+        ValueError, match=r"another recipe:\n  batch_size: 4 -> 8\n  model.depth: 2 -> 3\nGive"
+    ):
+        run(recipe(tmp_path / "run", features, **changed))
+
+
+def test_a_run_may_move_with_its_data(tmp_path: Path) -> None:
+    before, after = tmp_path / "before", tmp_path / "after"
+    write_features(before / "features")
+    rows = run(recipe(before / "run", before / "features"))
+
+    def again(features: Path, **data: object) -> list[dict]:
+        data = {"features": str(features), "max_bad_fraction": 0.2, **data}
+        return run(recipe(features.parent / "run", features, data=data))
+
+    (before / "link").symlink_to(before / "features")
+    assert again(before / "link") == rows
+    before.rename(after)
+    assert again(after / "features") == rows
+    # what is still there is something else
+    shutil.copytree(after / "features", after / "other")
+    with pytest.raises(ValueError, match="another recipe:\n  data.features: .*other\n"):
+        again(after / "other")
 
 
 def test_an_export_that_failed_is_made_by_the_next_run(tmp_path: Path, features: Path) -> None:

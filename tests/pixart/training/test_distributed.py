@@ -49,7 +49,8 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
             "steps": steps,
             "checkpoint_every": STEPS,
             "schedule": {"name": "constant", "warmup_steps": 3},
-            "optimizer": {"lr": 1e-3, "eps": 1e-8},
+            # a step's 16 samples are four times as many: twice the rate
+            "optimizer": {"lr": 5e-4, "base_batch_size": 4, "eps": 1e-8},
             # all of these gradients are longer
             "gradient_clip": 0.05,
             "gradient_accumulation": BATCHES // processes,
@@ -89,6 +90,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_many_processes_train_as_one_does(runs: Path, name: str) -> None:
     whole, found = log(runs / "one"), log(runs / name)
     assert [row.keys() for row in found] == [row.keys() for row in whole]
+    assert found[-1]["lr"] == 1e-3
     for row, expected in zip(found, whole, strict=True):
         assert row == pytest.approx(expected, rel=1e-4)
     for key, tensor in weights(runs / "one").items():
@@ -203,6 +205,9 @@ def test_the_command_line_starts_many_processes(tmp_path: Path, launcher: str) -
 def test_what_cannot_work_is_refused(tmp_path: Path) -> None:
     sharded = {"parallel": {"strategy": "fsdp"}, "mixed_precision": "fp16"}
     with pytest.raises(ValueError, match="parallel: got .*fsdp goes with mixed_precision bf16"):
+        recipe(tmp_path / "run", tmp_path, **sharded)
+    sharded = {"parallel": {"strategy": "fsdp"}, "optimizer": {"name": "adamw-8bit"}}
+    with pytest.raises(ValueError, match="parallel: got .*fsdp goes with optimizer adamw or came"):
         recipe(tmp_path / "run", tmp_path, **sharded)
     with pytest.raises(ValueError, match="sequence is 2, which does not divide the 1 processes"):
         Processes(Parallel(sequence=2))

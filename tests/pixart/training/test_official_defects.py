@@ -2,28 +2,22 @@
 
 from __future__ import annotations
 
-import json
 import re
 from pathlib import Path
 
-import pytest
 import torch
-from small_runs import MODEL, recipe, run, write_features
+import torch.distributed as dist
+from small_runs import MODEL, recipe
+from torch.distributed.fsdp import FSDPModule
 
+from pixart.config import PixArtConfig
+from pixart.model import PixArt
 from pixart.training import train
-from pixart.training import trainer as trainer_module
-from pixart.training.checkpointing import ABOUT
+from pixart.training.distributed import shard
 from pixart.training.text_to_image import TextToImage
 
 ROOT = Path(__file__).parents[3]
 PAGE = ROOT / "docs" / "training-defects.md"
-
-
-@pytest.fixture(scope="module")
-def features(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("features")
-    write_features(folder)
-    return folder
 
 
 def test_captions_are_dropped_after_a_preview_as_before(tmp_path: Path, features: Path) -> None:
@@ -62,37 +56,34 @@ def test_captions_are_dropped_after_a_preview_as_before(tmp_path: Path, features
     assert sum(nulls[1:]) >= 12
 
 
-def test_scaling_of_losses_goes_on_where_it_was(
-    tmp_path: Path, features: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """What fp16 multiplies losses by grows as it goes well; accelerate scales on GPUs alone."""
-
-    class Scaled(trainer_module.Accelerator):
-        def __init__(self, *arguments, **settings):
-            super().__init__(*arguments, **settings)
-            self.scaler = torch.amp.GradScaler("cpu", init_scale=4, growth_interval=2)
-
-    monkeypatch.setattr(trainer_module, "Accelerator", Scaled)
-    settings = {"checkpoint_every": 3, "schedule": {"name": "constant", "warmup_steps": 0}}
-    run(recipe(tmp_path / "whole", features, steps=7, **settings))
-    run(recipe(tmp_path / "parts", features, steps=3, **settings))
-    run(recipe(tmp_path / "parts", features, steps=7, **settings))
-    found = [
-        json.loads((tmp_path / name / "checkpoints" / "step-0000007" / ABOUT).read_text())["scaler"]
-        for name in ("whole", "parts")
-    ]
-    assert found[0]["scale"] == 4 * 2**3
-    assert found[0] == found[1]
-
-
 def test_no_package_is_pinned_to_one_version() -> None:
     """The official requirements ask for an xformers that needs another torch than they name."""
     text = (ROOT / "pyproject.toml").read_text()
-    (dependencies,) = re.findall(r"^dependencies = \[(.*?)^\]", text, re.S | re.M)
-    assert "torch>=" in dependencies
-    assert "==" not in dependencies
-    for absent in ("xformers", "mmcv", "timm"):
-        assert f'"{absent}' not in text
+    lists = re.findall(r"^[\w-]+ = (\[.*?^\]|\[.*?\])", text.split("[tool.")[0], re.S | re.M)
+    packages = re.findall(r'"([^"]+)"', "".join(lists))
+    assert "torch>=2.11" in packages and "peft" in packages
+    assert not [package for package in packages if "==" in package]
+    assert not {"xformers", "mmcv", "timm"} & {re.split(r"\W", x)[0] for x in packages}
+
+
+def test_every_block_of_every_model_is_sharded(tmp_path: Path) -> None:
+    """The official FSDP names a class that multi-aspect models do not have."""
+    store = dist.FileStore(str(tmp_path / "store"), 1)
+    dist.init_process_group("gloo", store=store, rank=0, world_size=1)
+    try:
+        for changes in (
+            {"micro_conditioning": True},
+            {
+                "kv_compression": {"sampling": "conv", "scale_factor": 2, "layers": [1]},
+                "qk_norm": True,
+            },
+            {"conditioning": "class", "num_classes": 3},
+        ):
+            model = PixArt(PixArtConfig(**MODEL, **changes))
+            shard(model, torch.device("cpu"), "no")
+            assert all(isinstance(block, FSDPModule) for block in model.blocks)
+    finally:
+        dist.destroy_process_group()
 
 
 def test_every_defect_names_a_test_that_exists() -> None:

@@ -57,6 +57,7 @@ def test_unknown_keys_are_named_with_the_nearest_valid_one_all_at_once() -> None
 def test_bad_values_are_named() -> None:
     said = problems(
         {
+            "output": None,
             "steps": 0,
             "mixed_precision": "bf32",
             "schedule": {"name": "cosin"},
@@ -65,6 +66,7 @@ def test_bad_values_are_named() -> None:
             "gradient_checkpointing": "selectiv",
         }
     )
+    assert "output: got None; should be a path" in said
     assert "steps: got 0; input should be greater than 0" in said
     assert "mixed_precision: got 'bf32'" in said and "did you mean bf16?" in said
     assert "schedule.name: got 'cosin'" in said and "did you mean cosine?" in said

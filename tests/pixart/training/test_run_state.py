@@ -26,6 +26,16 @@ def test_each_start_is_recorded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert starts[0]["date"].endswith("+00:00")
 
 
+def test_a_start_that_was_half_recorded_spoils_no_other(tmp_path: Path) -> None:
+    run = RunFolder(tmp_path)
+    run.record_start(0, 1, torch.device("cpu"))
+    with (tmp_path / "starts.jsonl").open("a") as file:
+        file.write('{"date": "20')
+    run.record_start(7, 1, torch.device("cpu"))
+    starts = [json.loads(line) for line in (tmp_path / "starts.jsonl").read_text().splitlines()]
+    assert [start["after_step"] for start in starts] == [0, 7]
+
+
 def test_the_commit_is_that_of_the_code(tmp_path: Path) -> None:
     """And not of a repository that the code happens to lie in."""
 

@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from diffusers import AutoencoderKL
 from PIL import Image
+from small_vae import small_vae
 
 import pixart
 from pixart import PixArt
@@ -129,11 +129,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         pixels = rng.integers(0, 255, (64 + 16 * i, 80, 3), dtype=np.uint8)
         Image.fromarray(pixels).save(path)
         path.with_suffix(".txt").write_text(f"animal number {i}")
-    torch.manual_seed(0)
-    AutoencoderKL(
-        block_out_channels=(4, 4), norm_num_groups=2, latent_channels=4,
-        down_block_types=["DownEncoderBlock2D"] * 2, up_block_types=["UpDecoderBlock2D"] * 2,
-    ).save_pretrained(folder / "vae")  # fmt: skip
+    small_vae(4, 4, norm_num_groups=2).save_pretrained(folder / "vae")
     return folder
 
 

@@ -10,7 +10,7 @@ from small_runs import MODEL, recipe, run, weights, write_features
 from torch import nn
 
 import pixart_kernels as pk
-from pixart.planning import model_flops
+from pixart.floor import model_flops
 from pixart.training import train
 from pixart.training import trainer as trainer_module
 from pixart.training.recipe import Run, Schedule, check_recipe
