@@ -6,6 +6,7 @@ from pixart.conditioning.encode import (
     TooManyBadSamplesError,
     bucket_table,
     encode_dataset,
+    is_complete,
 )
 from pixart.conditioning.files import CorruptCacheError
 from pixart.conditioning.text import TextEncoder
@@ -23,4 +24,5 @@ __all__ = [
     "bucket_table",
     "collate",
     "encode_dataset",
+    "is_complete",
 ]

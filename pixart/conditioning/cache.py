@@ -7,12 +7,14 @@ Layout of a cache folder:
     shard-000000.safetensors   "text" (sum of L_i, C): the real tokens of every caption, end to end
                                "latent_mean", "latent_std" (sum of C*h*w,): flat, end to end
                                header: key, caption, token count, latent shape, size of each sample
-    skipped.jsonl              samples the last encoding run could not use, with reasons
+    skipped.jsonl              samples the last encoding run could not use, with reasons; of other
+                               processes than the first, skipped-1.jsonl and so on
 
 Padding every caption to 300 tokens of T5-XXL costs 2.5 MB a caption; real captions are far shorter,
 so only real tokens are stored. Files appear under their final names only when they are complete and
 synced to disk, and the index names a shard only after that, so a run killed at any instant
-continues with the first sample that is in no shard.
+continues with the first sample that is in no shard. Of many processes each writes shards of its
+own, and the first one the index; a next run takes in what a killed one had not named there yet.
 """
 
 from __future__ import annotations
@@ -21,8 +23,11 @@ import bisect
 import itertools
 import json
 import math
+import os
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
+from mmap import ACCESS_READ, mmap
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -46,6 +51,7 @@ from pixart.conditioning.files import (
     verify,
 )
 from pixart.files import PARTIAL, write_atomically
+from pixart.together import Together
 
 NULL_CAPTION = "null-caption.safetensors"
 _TEXT_DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -79,9 +85,12 @@ class CacheWriter:
         null_caption: (max_tokens, C) features of "".
         null_length: how many of its rows are real tokens.
         samples_per_shard: 1 to 16384; one shard is held in memory twice while it is written.
+        together: processes that fill the folder together, each with other samples: all of them
+            must open and leave the writer. None: this one alone.
 
     Attributes:
-        keys: the keys already in complete shards; `add` refuses them.
+        keys: the keys already in complete shards; `add` refuses them. Those that other processes
+            add meanwhile are not among them.
 
     Raises:
         ValueError: the folder was begun with other metadata, or an argument is out of range.
@@ -98,6 +107,7 @@ class CacheWriter:
         null_length: int,
         *,
         samples_per_shard: int = 512,
+        together: Together | None = None,
     ) -> None:
         if metadata.dtype not in _TEXT_DTYPES:
             raise ValueError(
@@ -125,17 +135,29 @@ class CacheWriter:
         self._std: list[torch.Tensor] = []
         self._buffered: set[str] = set()
 
-        # lowest numbers first, so that a deleted shard comes back under its own name
-        names = (f"shard-{number:06d}.safetensors" for number in itertools.count())
+        # of numbers that are this process's alone, the lowest first, so that a deleted shard comes
+        # back under its own name
+        self._together = together or Together()
+        numbers = itertools.count(self._together.rank, self._together.count)
+        names = (f"shard-{number:06d}.safetensors" for number in numbers)
         self._free_names = (name for name in names if name not in self._shards)
 
-        self.folder.mkdir(parents=True, exist_ok=True)
-        self._lock = lock(self.folder)
-        try:
-            self._open(null_caption, null_length)
-        except BaseException:
-            self._lock.close()
-            raise
+        def begin() -> tuple[dict[str, dict[str, Any]], set[str]]:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._lock = lock(self.folder)
+            try:
+                self._open(null_caption, null_length)
+                if self._together.count > 1:
+                    lock(self.folder, shared=True, held=self._lock)
+            except BaseException:
+                self._lock.close()
+                raise
+            return self._shards, self.keys
+
+        self._shards, self.keys = self._together.first(begin)
+        if self._together.rank > 0:
+            # while one of them lives, nobody else begins to encode what is missing
+            self._lock = lock(self.folder, shared=True)
 
     def _open(self, null_caption: torch.Tensor, null_length: int) -> None:
         for leftover in self.folder.glob(f"*{PARTIAL}"):
@@ -148,10 +170,16 @@ class CacheWriter:
                     table = read_header(self.folder, entry)["samples"]
                     self._shards[entry["file"]] = entry
                     self.keys.update(sample["key"] for sample in table)
-        # a shard without an entry: the writer died between placing it and naming it in the index
-        for path in sorted(self.folder.glob("shard-*.safetensors")):
-            if path.name not in self._shards:
-                self._adopt(path)
+        # shards without an entry: the first process died before it had named them in the index
+        paths = sorted(self.folder.glob("shard-*.safetensors"))
+        unnamed = [path for path in paths if path.name not in self._shards]
+        with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+            for path, (entry, keys) in zip(unnamed, pool.map(self._read, unnamed), strict=True):
+                if keys & self.keys:
+                    repeated = len(keys & self.keys)
+                    raise corrupt(path, f"it repeats {repeated} samples of other shards", 0)
+                self._shards[path.name] = entry
+                self.keys |= keys
 
         null_path = self.folder / NULL_CAPTION
         if index is not None and null_path.exists():
@@ -162,19 +190,19 @@ class CacheWriter:
             self._null = self._write(NULL_CAPTION, {"text": caption}, {"length": null_length}, 0)
         self._write_index()
 
-    def _adopt(self, path: Path) -> None:
-        blob = path.read_bytes()
+    def _read(self, path: Path) -> tuple[dict[str, Any], set[str]]:
+        """A shard's entry of the index, and its keys."""
         try:
             with safe_open(path, "pt"):  # checks that header and file length agree
-                header = parse_header(blob[: header_length(blob)])
+                pass
+            with path.open("rb") as file, mmap(file.fileno(), 0, access=ACCESS_READ) as blob:
+                header = parse_header(blob[: header_length(blob[:8])])
+                entry = describe(path.name, blob, len(header["samples"]))
             metadata, keys = header["cache"], {sample["key"] for sample in header["samples"]}
         except Exception as error:
             raise corrupt(path, f"it is not a readable shard ({error})", 0) from error
         _require_same(path, metadata, self.metadata)
-        if keys & self.keys:
-            raise corrupt(path, f"it repeats {len(keys & self.keys)} samples of other shards", 0)
-        self._shards[path.name] = describe(path.name, blob, len(keys))
-        self.keys |= keys
+        return entry, keys
 
     def add(
         self,
@@ -243,7 +271,10 @@ class CacheWriter:
             self.flush()
 
     def flush(self) -> None:
-        """Write the buffered samples as a shard and name it in the index; no-op without any."""
+        """Write the buffered samples as a shard; no-op without any.
+
+        The first process names its own in the index at once, and those of others in `close`.
+        """
         if not self._table:
             return
         name = next(self._free_names)
@@ -254,15 +285,23 @@ class CacheWriter:
         }
         header = {"samples": self._table}
         self._shards[name] = self._write(name, tensors, header, len(self._table))
-        self._write_index()
+        if self._together.rank == 0:
+            self._write_index()
         self.keys |= self._buffered
         self._table, self._text, self._mean, self._std = [], [], [], []
         self._buffered = set()
 
     def close(self) -> None:
-        """Write what is buffered and let other writers in."""
+        """Write what is buffered and let other writers in.
+
+        Waits for the processes that fill the folder as well; RuntimeError where one was lost.
+        """
         try:
             self.flush()
+            if self._together.count > 1:
+                for shards in self._together.gather(self._shards):
+                    self._shards |= shards
+                self._together.first(self._write_index)
         finally:
             self._lock.close()
 

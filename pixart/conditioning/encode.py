@@ -1,14 +1,15 @@
-"""Fills a feature cache from a source of captioned images."""
+"""Fills a feature cache from a source of captioned images, with as many processes as there are."""
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
 from collections import Counter, deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from pixart.conditioning.cache import CacheMetadata, CacheWriter, FeatureCache
 from pixart.conditioning.text import TextEncoder
 from pixart.conditioning.vae import VAE
 from pixart.data.sources import BadSample, ImageSample, ImageSource
+from pixart.together import Together, all_processes
 
 SKIPPED = "skipped.jsonl"
 # Decoded images kept back to fill batches of one size; bounds memory when every size differs.
@@ -34,7 +36,7 @@ class TooManyBadSamplesError(RuntimeError):
 
 @dataclass(frozen=True)
 class EncodeReport:
-    """What one `encode_dataset` run did."""
+    """What one `encode_dataset` run did, in all its processes."""
 
     encoded: int
     already_present: int
@@ -57,22 +59,28 @@ def encode_dataset(
     """Encode every sample of `source` into the cache at `folder`, continuing where one was begun.
 
     Images of one size share batches. Samples that fail are left out, listed in `skipped.jsonl`
-    and tried again by the next run.
+    and tried again by the next run that has anything to encode: see `is_complete`.
+
+    Where torch.distributed is initialised all processes must call this: each encodes its share of
+    what is missing, and it returns when the last one is done. They need the same source, and a
+    folder that all see. The number of processes may change from run to run.
 
     Args:
         source: e.g. an `ImageFolder`; read from several threads, in order.
         batch_size: images, and captions, per forward pass; fewer where images are above 512
             pixels square, so that 2K and 4K fit the same device.
-        samples_per_shard: what a kill can cost at most, and the size of one file.
+        samples_per_shard: what a kill can cost each process at most, and the size of one file.
         device: where to move both encoders; None leaves them where they are.
         dtype: of the stored caption features, float16 or bfloat16.
-        progress: show a progress bar.
+        progress: show a progress bar, in the first process and of its share.
         max_bad_fraction: largest tolerated share of failed samples of the whole source.
 
     Raises:
         TooManyBadSamplesError: more failed; complete shards are kept.
-        ValueError: an argument is out of range, or the folder was begun with other encoders.
+        ValueError: an argument is out of range, the folder was begun with other encoders, or the
+            processes do not have the same source and encoders.
         CorruptCacheError: a shard of the folder is damaged; says what to do.
+        RuntimeError: another process was lost; complete shards are kept.
     """
     if len(source) == 0:
         raise ValueError("source is empty; pass a source with at least one sample")
@@ -91,7 +99,15 @@ def encode_dataset(
         caption_channels=text_encoder.channels,
         latent_channels=vae.channels,
     )
+    together = all_processes()
+    names = hashlib.sha256(json.dumps(list(source.keys)).encode()).hexdigest()
+    if len(set(together.gather((metadata, names)))) > 1:
+        raise ValueError(
+            "the processes do not see the same samples, or have different encoders: all of them "
+            "need the same folders and the same settings"
+        )
     null_caption, null_mask = text_encoder.encode_null()
+    encoded = 0
     with ExitStack() as stack:
         writer = stack.enter_context(
             CacheWriter(
@@ -100,6 +116,7 @@ def encode_dataset(
                 null_caption,
                 int(null_mask.sum()),
                 samples_per_shard=samples_per_shard,
+                together=together,
             )
         )
         bar = stack.enter_context(
@@ -109,20 +126,24 @@ def encode_dataset(
                 MofNCompleteColumn(),
                 TextColumn("{task.fields[skipped]} skipped"),
                 TimeRemainingColumn(),
-                disable=not progress,
+                disable=not progress or together.rank > 0,
             )
         )
-        skipped_file = stack.enter_context((Path(folder) / SKIPPED).open("w", encoding="utf-8"))
+        missing = dict.fromkeys(key for key in source.keys if key not in writer.keys)
+        present = len(source) - sum(key in missing for key in source.keys)
+        # by keys, so that one that appears twice is in one share
+        share = set(list(missing)[together.rank :: together.count])
+        todo = [i for i, key in enumerate(source.keys) if key in share]
 
-        todo = [i for i, key in enumerate(source.keys) if key not in writer.keys]
-        present = len(source) - len(todo)
-        task = bar.add_task("encoding", total=len(source), completed=present, skipped=0)
-        encoded = skipped = 0
+        before = present // together.count
+        what = "encoding" if together.count == 1 else f"encoding 1/{together.count} of all"
+        task = bar.add_task(what, total=before + len(todo), completed=before, skipped=0)
+        skipped = _Skipped(Path(folder), len(source), max_bad_fraction, together)
         seen: set[str] = set()
         waiting: dict[tuple[int, int], list[ImageSample]] = {}  # by image size
 
-        def share(size: tuple[int, int]) -> float:
-            """Of a full batch, that is waiting."""
+        def fullness(size: tuple[int, int]) -> float:
+            """Of a batch of the samples that wait."""
             full = max(1, min(batch_size, _MAX_BATCH_PIXELS // math.prod(size)))
             return len(waiting[size]) / full
 
@@ -133,33 +154,103 @@ def encode_dataset(
             encoded += len(group)
             bar.update(task, advance=len(group))
 
-        for loaded in _load_ahead(source, todo, window=2 * batch_size):
+        for stamp, loaded in _load_ahead(source, todo, window=2 * batch_size):
             if not isinstance(loaded, BadSample):
                 loaded = _reject(loaded, seen, vae.factor) or loaded
             if isinstance(loaded, BadSample):
-                skipped += 1
-                record = {"key": loaded.key, "reason": loaded.reason}
-                skipped_file.write(json.dumps(record) + "\n")
-                skipped_file.flush()
-                bar.update(task, advance=1, skipped=skipped)
-                if skipped > max_bad_fraction * len(source):
-                    raise TooManyBadSamplesError(
-                        f"{skipped} of {len(source)} samples failed, more than "
-                        f"max_bad_fraction={max_bad_fraction}; the last: {loaded}. See "
-                        f"{skipped_file.name}, repair or remove those samples, and rerun: complete "
-                        "shards are kept"
-                    )
+                skipped.add(loaded, stamp)
+                bar.update(task, advance=1, skipped=len(skipped.rows))
                 continue
             seen.add(loaded.key)
             size = (loaded.image.shape[1], loaded.image.shape[2])
             waiting.setdefault(size, []).append(loaded)
-            if share(size) == 1:
+            if fullness(size) == 1:
                 encode_group(size)
-            elif sum(map(share, waiting)) >= _MAX_WAITING_BATCHES:
-                encode_group(max(waiting, key=share))
+            elif sum(map(fullness, waiting)) >= _MAX_WAITING_BATCHES:
+                encode_group(max(waiting, key=fullness))
         for size in list(waiting):
             encode_group(size)
-    return EncodeReport(encoded=encoded, already_present=present, skipped=skipped)
+    return EncodeReport(
+        encoded=sum(together.gather(encoded)), already_present=present, skipped=skipped.merge()
+    )
+
+
+def is_complete(source: ImageSource, folder: str | Path, *, max_bad_fraction: float = 0.05) -> bool:
+    """Whether `encode_dataset` has nothing to do: what the cache lacks was bad, and is unchanged.
+
+    Raises:
+        CorruptCacheError: a shard of the folder is damaged; says what to do.
+    """
+    try:
+        keys = set(FeatureCache(folder).keys())
+    except FileNotFoundError:
+        return False
+    missing = {key: source.stamp(i) for i, key in enumerate(source.keys) if key not in keys}
+    tried = _read_skipped(Path(folder) / SKIPPED)
+    accepted = len(missing) <= max_bad_fraction * len(source)
+    return accepted and all(tried.get(key) == stamp for key, stamp in missing.items())
+
+
+def _read_skipped(path: Path) -> dict[str, str | None]:
+    """Of each bad sample's key, the stamp when it was tried."""
+    stamps = {}
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
+        # a run may have been killed in the midst of a row
+        with suppress(json.JSONDecodeError):
+            row = json.loads(line)
+            stamps[row["key"]] = row.get("stamp")
+    return stamps
+
+
+class _Skipped:
+    """The bad samples of a run: listed as they are found, and no more than a share of all."""
+
+    def __init__(self, folder: Path, samples: int, accepted: float, together: Together) -> None:
+        self.samples, self.accepted, self.together = samples, accepted, together
+        self.rows: list[dict[str, str]] = []
+        # each process has its own until all are done
+        self.path = folder / (f"skipped-{together.rank}.jsonl" if together.rank else SKIPPED)
+
+        def begin() -> None:
+            for old in folder.glob("skipped*.jsonl"):
+                old.unlink()
+            self.path.touch()
+
+        together.first(begin)
+
+    def add(self, bad: BadSample, stamp: str) -> None:
+        """Raises TooManyBadSamplesError where this process has found too many."""
+        self.rows.append({"key": bad.key, "reason": bad.reason, "stamp": stamp})
+        self._list(self.rows[-1:])
+        self._check()
+
+    def merge(self) -> int:
+        """Lists those of all processes in the first one's file, and counts them.
+
+        Raises TooManyBadSamplesError where all together have found too many.
+        """
+        mine = len(self.rows)
+        self.rows = [row for rows in self.together.gather(self.rows) for row in rows]
+        if self.together.rank == 0:
+            self._list(self.rows[mine:])
+        else:
+            self.path.unlink(missing_ok=True)
+            self.path = self.path.with_name(SKIPPED)
+        self._check()
+        return len(self.rows)
+
+    def _list(self, rows: list[dict[str, str]]) -> None:
+        with self.path.open("a", encoding="utf-8") as file:
+            file.writelines(json.dumps(row) + "\n" for row in rows)
+
+    def _check(self) -> None:
+        if len(self.rows) > self.accepted * self.samples:
+            last = self.rows[-1]
+            raise TooManyBadSamplesError(
+                f"{len(self.rows)} of {self.samples} samples failed, more than "
+                f"max_bad_fraction={self.accepted}; the last: {last['key']}: {last['reason']}. See "
+                f"{self.path}, repair or remove those samples, and rerun: complete shards are kept"
+            )
 
 
 def bucket_table(cache: FeatureCache, factor: int) -> Table:
@@ -199,17 +290,19 @@ def _reject(sample: ImageSample, seen: set[str], factor: int) -> BadSample | Non
 
 def _load_ahead(
     source: ImageSource, indices: Sequence[int], window: int
-) -> Iterator[ImageSample | BadSample]:
-    """Samples in order, decoded in threads up to `window` ahead of the encoders."""
+) -> Iterator[tuple[str, ImageSample | BadSample]]:
+    """Stamps and samples in order, decoded in threads up to `window` ahead of the encoders."""
 
-    def load(index: int) -> ImageSample | BadSample:
+    def load(index: int) -> tuple[str, ImageSample | BadSample]:
+        # before the sample: a file that is still being written is another one afterwards
+        stamp = source.stamp(index)
         try:
-            return ImageSample(*source[index])
+            return stamp, ImageSample(*source[index])
         except BadSample as bad:
-            return bad
+            return stamp, bad
 
     threads = min(8, os.cpu_count() or 1)
-    ahead: deque[Future[ImageSample | BadSample]] = deque()
+    ahead: deque[Future[tuple[str, ImageSample | BadSample]]] = deque()
     with ThreadPoolExecutor(threads) as pool:
         try:
             for index in indices:

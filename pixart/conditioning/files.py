@@ -9,11 +9,14 @@ import fcntl
 import hashlib
 import json
 from collections.abc import Mapping
+from mmap import mmap
 from pathlib import Path
 from typing import IO, Any
 
 import torch
 from safetensors.torch import save
+
+from pixart.files import digest
 
 INDEX = "index.json"
 FORMAT = "pixart-feature-cache"
@@ -34,17 +37,19 @@ def corrupt(path: Path, what: str, samples: int) -> CorruptCacheError:
     )
 
 
-def lock(folder: Path) -> IO[str]:
+def lock(folder: Path, *, shared: bool = False, held: IO[str] | None = None) -> IO[str]:
     """Keep other writers out of `folder` until the returned file is closed.
 
-    The system drops the lock with the process, however that ends.
+    The system drops the lock with the process, however that ends. A shared one lets those in that
+    ask for a shared one; `held` becomes what is asked for.
 
     Raises:
         RuntimeError: another writer has it.
     """
-    file = (folder / ".lock").open("w")
+    # over NFS a lock needs a file that can be written, or if shared be read
+    file = held or (folder / ".lock").open("a+")
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
     except BlockingIOError:
         file.close()
         raise RuntimeError(
@@ -53,7 +58,7 @@ def lock(folder: Path) -> IO[str]:
     return file
 
 
-def describe(name: str, blob: bytes, samples: int) -> dict[str, Any]:
+def describe(name: str, blob: bytes | mmap, samples: int) -> dict[str, Any]:
     """The index entry of a safetensors file."""
     return {
         "file": name,
@@ -61,7 +66,7 @@ def describe(name: str, blob: bytes, samples: int) -> dict[str, Any]:
         "bytes": len(blob),
         "sha256": hashlib.sha256(blob).hexdigest(),
         # apart from the whole, so that keys and shapes can be trusted without reading the data
-        "header_sha256": hashlib.sha256(blob[: header_length(blob)]).hexdigest(),
+        "header_sha256": hashlib.sha256(blob[: header_length(blob[:8])]).hexdigest(),
     }
 
 
@@ -106,11 +111,7 @@ def verify(folder: Path, entry: dict[str, Any]) -> None:
     """
     path = folder / entry["file"]
     _check_size(path, entry)
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    if digest.hexdigest() != entry["sha256"]:
+    if digest(path) != entry["sha256"]:
         raise corrupt(path, "its checksum does not match", entry["samples"])
 
 

@@ -53,6 +53,10 @@ class ImageSource(Protocol):
 
     def __getitem__(self, index: int) -> ImageSample: ...
 
+    def stamp(self, index: int) -> str:
+        """What changes when the sample is changed where it lies."""
+        ...
+
 
 class ImageFolder:
     """A folder of images with captions.
@@ -87,12 +91,12 @@ class ImageFolder:
             )
         self.size = size
         self._root = self.folder.resolve()
-        metadata = self.folder / "metadata.jsonl"
+        self._metadata = self.folder / "metadata.jsonl"
         # (key, caption) for rows of the metadata file, (key, None) where a sidecar has the caption
         # and (key, BadSample) for a row that is no use at all
         self._rows: list[tuple[str, str | BadSample | None]]
-        if metadata.is_file():
-            self._rows = _read_metadata(metadata)
+        if self._metadata.is_file():
+            self._rows = _read_metadata(self._metadata)
         else:
             self._rows = [
                 (path.relative_to(self.folder).as_posix(), None)
@@ -131,6 +135,29 @@ class ImageFolder:
             image = _cover(image, _bucket(key, image, self.size))
         pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)
         return ImageSample(key, pixels.to(torch.float32) / 127.5 - 1.0, caption, (height, width))
+
+    def stamp(self, index: int) -> str:
+        """Sizes and times of change of the image, and of the file with its caption."""
+        key, caption = self._rows[index]
+        image = self.folder / key
+        beside = self._metadata if caption is not None else image.with_suffix(".txt")
+        return f"{_stamp(image)} {_stamp(beside)}"
+
+
+class UncaptionedFolder(ImageFolder):
+    """An :class:`ImageFolder` whose images need no captions; what they have is not read."""
+
+    def __init__(self, folder: str | Path, size: int | list[tuple[int, int]] | None = None) -> None:
+        super().__init__(folder, size)
+        self._rows = [(key, "no caption") for key in self.keys]
+
+
+def _stamp(path: Path) -> str:
+    try:
+        found = path.stat()
+    except (OSError, ValueError):
+        return "-"
+    return f"{found.st_size}@{found.st_mtime_ns}"
 
 
 def _read_metadata(path: Path) -> list[tuple[str, str | BadSample | None]]:

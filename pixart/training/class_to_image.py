@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+from accelerate import PartialState
 from PIL import Image
 from torch import Tensor, nn
 
@@ -20,7 +21,7 @@ from pixart.generation import contact_sheet
 from pixart.generation.pipeline import to_image
 from pixart.model import PixArt
 from pixart.training.recipe import Data
-from pixart.training.text_to_image import TextToImage, is_encoded, same_source
+from pixart.training.text_to_image import TextToImage, is_encoded
 
 # in the folder of features: names of the classes, in the order of their labels
 CLASSES = "classes.json"
@@ -60,7 +61,10 @@ class NoText:
 
 
 def encode_classes(data: Data, config: PixArtConfig, device: torch.device) -> None:
-    """Encodes ``data.images`` into ``data.features``, where samples are missing."""
+    """Encodes ``data.images`` into ``data.features``, where samples are missing.
+
+    All processes must call it: each encodes its share.
+    """
     if data.text_encoder is not None:
         raise ValueError(
             "data.text_encoder is given, but a class model reads no text: leave it out"
@@ -74,8 +78,7 @@ def encode_classes(data: Data, config: PixArtConfig, device: torch.device) -> No
     classes = source.classes
     if not classes:
         raise ValueError(f"data.images: {data.images} has no folders of pictures, one for a class")
-    same_source(data)
-    if (data.features / CLASSES).is_file() and is_encoded(source, data):
+    if is_encoded(source, data) and (data.features / CLASSES).is_file():
         return
     digest = hashlib.sha256(json.dumps(classes).encode()).hexdigest()
     encode_dataset(
@@ -87,8 +90,9 @@ def encode_classes(data: Data, config: PixArtConfig, device: torch.device) -> No
         device=device,
         max_bad_fraction=data.max_bad_fraction,
     )
-    names = json.dumps(classes, indent=1).encode()
-    write_atomically(data.features / CLASSES, lambda file: file.write(names))
+    if PartialState().is_main_process:
+        names = json.dumps(classes, indent=1).encode()
+        write_atomically(data.features / CLASSES, lambda file: file.write(names))
 
 
 class ClassToImage(TextToImage):

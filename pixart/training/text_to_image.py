@@ -15,15 +15,23 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset, Subset
 
 from pixart.checkpoints import save_lora
-from pixart.conditioning import VAE, FeatureCache, TextEncoder, collate, encode_dataset
+from pixart.conditioning import (
+    VAE,
+    FeatureCache,
+    TextEncoder,
+    collate,
+    encode_dataset,
+    is_complete,
+)
 from pixart.config import PixArtConfig
 from pixart.data.sources import ImageFolder, ImageSource
 from pixart.diffusion import NoiseSchedule, Objective
 from pixart.files import finish_folder, unfinished_folder, write_atomically
+from pixart.floor import model_flops
 from pixart.generation import PixArtPipeline, contact_sheet
 from pixart.generation.pipeline import PIPELINE
 from pixart.model import CaptionEmbedder, PixArt
-from pixart.planning import model_flops
+from pixart.together import all_processes
 from pixart.training.adapters import add_lora
 from pixart.training.dreambooth import balanced, weights
 from pixart.training.recipe import Data, TrainRecipe
@@ -33,14 +41,16 @@ SOURCE = "source.json"
 
 
 def encode_images(data: Data, config: PixArtConfig, device: torch.device) -> None:
-    """Encodes ``data.images`` into ``data.features``, where samples are missing."""
+    """Encodes ``data.images`` into ``data.features``, where samples are missing.
+
+    All processes must call it: each encodes its share.
+    """
     if data.images is None:
         return
     if data.vae is None or data.text_encoder is None:
         raise ValueError("data.images is given: data.vae and data.text_encoder are needed as well")
     vae = VAE.from_pretrained(data.vae)
     source = ImageFolder(data.images, data.sizes(vae.factor * config.patch_size))
-    same_source(data)
     if is_encoded(source, data):
         return
     tokens = config.max_caption_tokens
@@ -55,10 +65,16 @@ def encode_images(data: Data, config: PixArtConfig, device: torch.device) -> Non
 
 
 def is_encoded(source: ImageSource, data: Data) -> bool:
-    try:
-        return set(source.keys) <= set(FeatureCache(data.features).keys())
-    except FileNotFoundError:
-        return False
+    """Whether nothing is left to encode. All processes must call it.
+
+    Raises ValueError where the features were made otherwise.
+    """
+
+    def answer() -> bool:
+        same_source(data)
+        return is_complete(source, data.features, max_bad_fraction=data.max_bad_fraction)
+
+    return all_processes().first(answer)
 
 
 def same_source(data: Data) -> None:
@@ -105,11 +121,8 @@ class TextToImage:
     def __init__(self, recipe: TrainRecipe, device: torch.device) -> None:
         self.recipe, self.device = recipe, device
         config = recipe.config
-        processes = PartialState()
-        # there is nothing for the others: what could not be encoded would be tried by each again
-        if processes.is_main_process:
-            self._encode()
-        processes.wait_for_everyone()
+        self._encode()
+        PartialState().wait_for_everyone()
         self.features = FeatureCache(recipe.data.features)
         self._check_features()
         self.dataset: Dataset = self.features

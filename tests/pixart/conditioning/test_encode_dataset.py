@@ -5,8 +5,8 @@ import json
 import numpy as np
 import pytest
 import torch
-from diffusers import AutoencoderKL
 from PIL import Image
+from small_vae import small_vae
 
 from pixart.conditioning import (
     VAE,
@@ -17,25 +17,14 @@ from pixart.conditioning import (
     collate,
     encode,
     encode_dataset,
+    is_complete,
 )
 from pixart.data import BadSample, ImageFolder, ImageSample
 
 
 @pytest.fixture(scope="module")
 def vae():
-    torch.manual_seed(0)
-    return VAE(
-        AutoencoderKL(
-            block_out_channels=(8, 16),
-            down_block_types=("DownEncoderBlock2D",) * 2,
-            up_block_types=("UpDecoderBlock2D",) * 2,
-            layers_per_block=1,
-            norm_num_groups=4,
-            latent_channels=4,
-            scaling_factor=0.4,
-            shift_factor=0.1,
-        )
-    )
+    return VAE(small_vae(8, 16, scaling_factor=0.4, shift_factor=0.1))
 
 
 @pytest.fixture(scope="module")
@@ -69,6 +58,9 @@ class ListSource:
         if isinstance(self.items[index], Exception):
             raise self.items[index]
         return self.items[index]
+
+    def stamp(self, index):
+        return str(isinstance(self.items[index], Exception))
 
 
 def good(number, height=8, width=8):
@@ -200,13 +192,32 @@ def test_bad_samples_are_skipped_listed_and_tried_again(tmp_path, vae, text_enco
     report = encode_dataset(ListSource(items), *arguments, progress=False)
     assert (report.encoded, report.skipped) == (38, 2)
     assert skipped_rows(tmp_path) == [
-        {"key": "003", "reason": "unreadable image (made up)"},
-        {"key": "030", "reason": "unreadable image (made up)"},
+        {"key": "003", "reason": "unreadable image (made up)", "stamp": "True"},
+        {"key": "030", "reason": "unreadable image (made up)", "stamp": "True"},
     ]
     items[3] = good(3)
     report = encode_dataset(ListSource(items), *arguments, progress=False)
     assert (report.encoded, report.already_present, report.skipped) == (1, 38, 1)
     assert [row["key"] for row in skipped_rows(tmp_path)] == ["030"]
+
+
+def test_bad_samples_are_left_alone_until_they_change(tmp_path, vae, text_encoder):
+    items = [bad(n) if n in (3, 30) else good(n) for n in range(40)]
+    assert not is_complete(ListSource(items), tmp_path)
+    encode_dataset(ListSource(items), vae, text_encoder, tmp_path, progress=False)
+    assert is_complete(ListSource(items), tmp_path)
+    # fewer are accepted now, one was repaired, one is new, nobody knows of them any more
+    assert not is_complete(ListSource(items), tmp_path, max_bad_fraction=0.04)
+    assert not is_complete(ListSource([*items[:30], good(30), *items[31:]]), tmp_path)
+    assert not is_complete(ListSource([*items, good(40)]), tmp_path)
+    # as a killed run leaves it, and as one that kept no stamps did
+    rows = (tmp_path / "skipped.jsonl").read_text()
+    (tmp_path / "skipped.jsonl").write_text(rows[:-9])
+    assert not is_complete(ListSource(items), tmp_path)
+    (tmp_path / "skipped.jsonl").write_text(rows.replace("stamp", "other"))
+    assert not is_complete(ListSource(items), tmp_path)
+    (tmp_path / "skipped.jsonl").unlink()
+    assert not is_complete(ListSource(items), tmp_path)
 
 
 def test_too_many_bad_samples_stop_the_run(tmp_path, vae, text_encoder):
@@ -230,9 +241,9 @@ def test_samples_that_do_not_fit_are_bad(tmp_path, vae, text_encoder):
         ListSource(items), vae, text_encoder, tmp_path, max_bad_fraction=0.5, progress=False
     )
     assert (report.encoded, report.skipped) == (2, 2)
-    assert skipped_rows(tmp_path) == [
-        {"key": "001", "reason": "9x8 is not divisible by the VAE's 2; set a size"},
-        {"key": "000", "reason": "the key appears twice in the source"},
+    assert [(row["key"], row["reason"]) for row in skipped_rows(tmp_path)] == [
+        ("001", "9x8 is not divisible by the VAE's 2; set a size"),
+        ("000", "the key appears twice in the source"),
     ]
 
 

@@ -58,6 +58,29 @@ def test_metadata_rows_are_the_samples(tmp_path):
     ]
 
 
+def test_a_stamp_changes_with_what_a_sample_is_made_of(tmp_path):
+    save_image(tmp_path / "x.png")
+    source = ImageFolder(tmp_path)
+    stamps = [source.stamp(0), source.stamp(0)]
+    (tmp_path / "x.txt").write_text("a caption")
+    stamps.append(source.stamp(0))
+    (tmp_path / "x.txt").write_text("a longer caption")
+    stamps.append(source.stamp(0))
+    save_image(tmp_path / "x.png", size=(20, 20))
+    stamps.append(source.stamp(0))
+    (tmp_path / "x.png").unlink()
+    stamps.append(source.stamp(0))
+    assert stamps[0] == stamps[1] and len(set(stamps)) == 5
+    # the caption of any other may have been mended as well
+    rows = [{"file_name": "no\0name", "text": "x"}, {"file_name": "y.png"}]
+    (tmp_path / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    source = ImageFolder(tmp_path)
+    before = [source.stamp(0), source.stamp(1)]
+    with (tmp_path / "metadata.jsonl").open("a") as file:
+        file.write("\n")
+    assert all(source.stamp(i) != before[i] for i in range(2))
+
+
 def test_values_span_minus_one_to_one(tmp_path):
     pixels = np.zeros((8, 8, 3), np.uint8)
     pixels[0, 0] = (0, 128, 255)

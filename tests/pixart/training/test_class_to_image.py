@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from diffusers import AutoencoderKL
 from PIL import Image
+from small_vae import small_vae
 
 from pixart import PixArt
 from pixart.checkpoints import grow
@@ -31,11 +31,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
             path = folder / "images" / name / f"{number}.png"
             path.parent.mkdir(parents=True, exist_ok=True)
             Image.fromarray(np.full((20, 30, 3), colour + number, dtype=np.uint8)).save(path)
-    torch.manual_seed(0)
-    AutoencoderKL(
-        block_out_channels=(8, 8), norm_num_groups=4, latent_channels=4,
-        down_block_types=["DownEncoderBlock2D"] * 2, up_block_types=["UpDecoderBlock2D"] * 2,
-    ).save_pretrained(folder / "vae")  # fmt: skip
+    small_vae(8, 8).save_pretrained(folder / "vae")
     return folder
 
 

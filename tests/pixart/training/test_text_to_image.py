@@ -8,12 +8,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from diffusers import AutoencoderKL
 from PIL import Image
+from processes import run_apart
 from small_runs import log, run, train_apart
+from small_vae import small_vae
 
 from pixart.cli import encode
-from pixart.conditioning import FeatureCache
+from pixart.conditioning import FeatureCache, TextEncoder
 from pixart.generation import PixArtPipeline
 from pixart.training import TrainRecipe, train
 from pixart.training.recipe import check_recipe
@@ -31,11 +32,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         picture = np.full((20, 30, 3), 80 * i, dtype=np.uint8)
         Image.fromarray(picture).save(images / f"{i}.png")
         (images / f"{i}.txt").write_text(caption)
-    torch.manual_seed(0)
-    AutoencoderKL(
-        block_out_channels=(8, 8), norm_num_groups=4, latent_channels=4,
-        down_block_types=["DownEncoderBlock2D"] * 2, up_block_types=["UpDecoderBlock2D"] * 2,
-    ).save_pretrained(folder / "vae")  # fmt: skip
+    small_vae(8, 8).save_pretrained(folder / "vae")
     return folder
 
 
@@ -143,6 +140,39 @@ def test_images_of_many_shapes_train_alike_on_any_number_of_processes(
     changed = of("one", 4).data.model_dump(mode="json") | {"buckets": ["1:1", "2:1"]}
     with pytest.raises(ValueError, match=r"data.buckets: True -> \['1:1', '2:1'\]"):
         TextToImage(recipe(folder, "changed", data=changed), torch.device("cpu"))
+
+
+def test_processes_share_the_encoding_and_what_is_bad_is_tried_once(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    images = folder / "five"
+    images.mkdir()
+    for i in range(5):
+        Image.new("RGB", (20, 30), (50 * i, 99, 9)).save(images / f"{i}.png")
+        (images / f"{i}.txt").write_text(f"picture {i}")
+    (images / "broken.png").write_bytes(b"no image")
+
+    def of(features: str) -> TrainRecipe:
+        data = recipe(folder, "x").data.model_dump(mode="json")
+        data |= {"images": str(images), "features": str(folder / features)}
+        return recipe(folder, "x", data=data | {"max_bad_fraction": 0.2}, samples={})
+
+    (folder / "five.yaml").write_text(of("together").model_dump_json())
+    text = run_apart(encode, str(folder / "five.yaml"), output=folder / "out", processes=2)
+    assert text.count("1 more were skipped") == 1
+    TextToImage(of("alone"), torch.device("cpu"))
+    alone, together = FeatureCache(folder / "alone"), FeatureCache(folder / "together")
+    assert alone.keys() == [f"{i}.png" for i in range(5)] == sorted(together.keys())
+    for i, key in enumerate(together.keys()):
+        expected = alone[int(key[0])]
+        for name in ("caption", "latent_mean", "latent_std", "image_size"):
+            torch.testing.assert_close(together[i][name], expected[name], rtol=2e-3, atol=2e-3)
+
+    monkeypatch.setattr(TextEncoder, "from_pretrained", lambda *_, **__: pytest.fail("encodes"))
+    TextToImage(of("together"), torch.device("cpu"))
+    (images / "broken.png").write_bytes(b"no image either")
+    with pytest.raises(pytest.fail.Exception, match="encodes"):
+        TextToImage(of("together"), torch.device("cpu"))
 
 
 def test_latents_are_sampled(folder: Path) -> None:
