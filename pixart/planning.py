@@ -7,7 +7,6 @@ over the share of that floor which the runs of the PixArt-alpha paper reached.
 
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +19,7 @@ from rich.table import Table
 from pixart.floor import seconds
 from pixart.training.cost import MOMENTS, memory, tokens, weights, work
 from pixart.training.recipe import TrainRecipe
+from pixart.training.run_state import read_rows
 
 
 @dataclass(frozen=True)
@@ -127,8 +127,8 @@ def plan(
         ValueError: a number is out of range, or what was measured is of something else.
         ModuleNotFoundError: the recipe has lora, and peft is not installed.
     """
-    for name, value in {"count": count, "efficiency": efficiency or 1, "grid": grid}.items():
-        if not value > 0:
+    for name, value in {"count": count, "efficiency": efficiency, "grid": grid}.items():
+        if value is not None and not value > 0:
             raise ValueError(f"{name} is {value}; accepted: above 0")
     sequence = recipe.parallel.sequence
     if count % sequence:
@@ -257,8 +257,6 @@ def _measured_speed(folder: Path, recipe: TrainRecipe, device: Device) -> tuple[
     """Images per second and process of a run's last start, and what was measured, in words."""
     try:
         before = yaml.safe_load((folder / "recipe.yaml").read_text())
-        starts = [json.loads(x) for x in (folder / "starts.jsonl").read_text().splitlines()]
-        log = [json.loads(x) for x in (folder / "log.jsonl").read_text().splitlines()]
     except OSError as error:
         raise ValueError(
             f"{folder} is neither the folder of a run nor results of python -m benchmarks model: "
@@ -268,6 +266,9 @@ def _measured_speed(folder: Path, recipe: TrainRecipe, device: Device) -> tuple[
     differ = [f"{key}: {then[key]} -> {now[key]}" for key in now if then[key] != now[key]]
     if differ:
         raise ValueError(f"{folder} is of another recipe: {'; '.join(differ)}")
+    starts, log = read_rows(folder / "starts.jsonl"), read_rows(folder / "log.jsonl")
+    if not starts:
+        raise ValueError(f"{folder}: starts.jsonl has no row, and a run writes one as it begins")
     last = starts[-1]
     if last["device"] != device.driver_name:
         raise ValueError(f"{folder} was measured on {last['device']}, which is no {device.name}")
@@ -285,21 +286,23 @@ def _timed(values: dict[str, Any]) -> dict[str, Any]:
             "ema_decay", "parallel", "lora", "distill", "control")  # fmt: skip
     return {
         **{key: values.get(key) for key in same},
-        "model": {key: value for key, value in values["model"].items() if key != "init"},
-        "data.size": values["data"]["size"],
-        "optimizer.name": values["optimizer"]["name"],
+        # an autoencoder's recipe has neither
+        "model": {k: v for k, v in values.get("model", {}).items() if k != "init"},
+        "data.size": values.get("data", {}).get("size"),
+        "optimizer.name": values.get("optimizer", {}).get("name"),
     }
 
 
 # of a configuration, what the time of a step does not depend on, or what rows say beside it
 _TIMELESS = ("input_size", "pe_interpolation", "caption_dropout", "max_caption_tokens")
 _DTYPES = {"no": "float32", "fp16": "float16", "bf16": "bfloat16"}
-_OPTIMIZERS = {"adamw": ("fused AdamW",), "came": ("triton", "native", "reference")}
+# of CAME what auto takes, on a CPU and on a GPU
+_OPTIMIZERS = {"adamw": ("fused AdamW",), "came": ("native", "reference")}
 
 
 def _benchmarked_step(file: Path, recipe: TrainRecipe, device: Device) -> tuple[float, str]:
     """As :func:`_measured_step`, by what ``python -m benchmarks model`` wrote."""
-    rows = [row for row in _rows(file) if row.get("pass") == "step" and "timings" in row]
+    rows = [row for row in read_rows(file) if row.get("pass") == "step" and "timings" in row]
     wanted = _case(recipe.config.to_dict(), tokens(recipe), _DTYPES[recipe.mixed_precision])
     of_it = [
         (row, time)
@@ -356,7 +359,7 @@ def _benchmarked_optimizer(file: Path, recipe: TrainRecipe, device: Device) -> f
     trained = weights(recipe).trained
     rows = [
         row
-        for row in (_rows(file) if file.is_file() else [])
+        for row in read_rows(file)
         if row["device"] == device.driver_name and not row["timings"].keys().isdisjoint(names)
     ]
     if not rows:
@@ -364,7 +367,3 @@ def _benchmarked_optimizer(file: Path, recipe: TrainRecipe, device: Device) -> f
     row = min(rows, key=lambda row: abs(math.log(row["parameters"] / trained)))
     name = next(name for name in names if name in row["timings"])
     return row["timings"][name]["median"] / 1e3 * trained / row["parameters"]
-
-
-def _rows(file: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in file.read_text().splitlines()]

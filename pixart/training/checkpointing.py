@@ -194,7 +194,7 @@ def read_about(folder: Path, processes: Processes) -> dict[str, Any]:
             raise FileNotFoundError(f"{', '.join(missing)} is missing")
         for name in sorted(files)[processes.rank :: processes.count]:
             _verify(folder / name, files[name] if isinstance(files, dict) else None)
-    except (FileNotFoundError, LookupError, TypeError, ValueError, SafetensorError) as error:
+    except (OSError, LookupError, TypeError, ValueError, SafetensorError) as error:
         damage = error
     (damaged,) = processes.total(damage is not None)
     if damaged:

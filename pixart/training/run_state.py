@@ -91,7 +91,7 @@ class RunFolder:
             "versions": {"python": platform.python_version(), **_versions()},
         }
         file = self.folder / "starts.jsonl"
-        _write_rows(file, [*_read_rows(file), start])
+        _write_rows(file, [*read_rows(file), start])
 
     def last_checkpoint(self) -> tuple[int, Path] | None:
         found = self._complete()
@@ -117,14 +117,15 @@ class RunFolder:
         _write_rows(self.log_file, [row for row in self.read_log() if row["step"] <= step])
 
     def read_log(self) -> list[dict[str, Any]]:
-        return _read_rows(self.log_file)
+        return read_rows(self.log_file)
 
     def log(self, row: dict[str, Any]) -> None:
         with self.log_file.open("a") as file:
             file.write(json.dumps(row) + "\n")
 
 
-def _read_rows(file: Path) -> list[dict[str, Any]]:
+def read_rows(file: Path) -> list[dict[str, Any]]:
+    """Of a file of JSON lines; none where there is no file."""
     if not file.exists():
         return []
     rows = []
@@ -153,8 +154,9 @@ def _flat(values: dict[str, Any], section: str = "") -> dict[str, Any]:
 def _differ(key: str, before: Any, now: Any) -> bool:
     if key not in FOLDERS or before is None or now is None:
         return before != now
-    # what is no longer there has moved
-    return Path(before).exists() and Path(before).resolve() != Path(now).resolve()
+    # what is no longer there has moved; a name on the hub was never there, nor is another
+    moved = Path(now).exists() and not Path(before).exists()
+    return not moved and Path(before).resolve() != Path(now).resolve()
 
 
 def _versions() -> dict[str, str]:

@@ -55,7 +55,7 @@ def came_step(
         reduce: sums a small tensor over the shards, in place.
         backend: see :func:`pixart_kernels.use_backend`.
 
-    Arithmetic is fp32, rounded once at the store.
+    Arithmetic is fp32; a 16-bit weight is rounded after its decay and after its update.
 
     Raises:
         ValueError, TypeError: naming the argument, what was got and what is accepted.
@@ -132,6 +132,8 @@ def _check(
             if not isinstance(tensor, Tensor):
                 got = type(tensor).__name__
                 raise TypeError(f"{OP}: `{name}[{i}]` is a {got}; accepted: a tensor")
+            if tensor.layout != torch.strided:
+                raise wrong(OP, f"{name}[{i}]", tensor.layout, "a dense tensor")
             if tensor.shape != size:
                 raise wrong(OP, f"{name}[{i}]", shape_of(tensor), str(tuple(size)))
             if tensor.dtype != dtype or tensor.device != first.device:

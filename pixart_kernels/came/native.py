@@ -1,8 +1,8 @@
 """CAME's step in C++ (csrc/came): ``native``, on the CPU.
 
-Weights and gradients are fp32, bf16 or fp16; arithmetic is fp32, sums of many terms fp64, with one
-rounding at the store. Gradients that are not contiguous are copied first. Results do not depend on
-the number of threads, nor on the other weights of a call.
+Weights and gradients are fp32, bf16 or fp16; arithmetic is fp32, sums of many terms fp64; a weight
+is rounded after its decay and after its update. Gradients that are not contiguous are copied first.
+Results do not depend on the number of threads, nor on the other weights of a call.
 """
 
 from __future__ import annotations

@@ -180,7 +180,9 @@ def came_step(
     reduce: Reduce | None = None,
 ) -> None:
     together = TOGETHER.get(weights[0].device.type, TOGETHER["cuda"])
-    count = max(1, together // max(1, weights[0].numel()))
+    # by whole weights: all shards must reduce the same ones together
+    whole = weights[0].shape if shape is None else shape
+    count = max(1, together // max(1, whole.numel()))
     for start in range(0, len(weights), count):
         part = slice(start, start + count)
         step(

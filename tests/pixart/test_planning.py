@@ -356,9 +356,18 @@ def test_a_run_that_says_too_little(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="neither the folder of a run nor results of"):
         plan(made, DEVICES["h100"], measured=tmp_path)
     folder = run_folder(tmp_path / "run", made)
-    log = (folder / "log.jsonl").read_text().splitlines()
-    (folder / "log.jsonl").write_text("\n".join(log[:3]))
+    log = (folder / "log.jsonl").read_text()
+    # cut in a row, as by a kill
+    (folder / "log.jsonl").write_text(log[: log.index("110.0")])
+    assert plan(made, DEVICES["h100"], measured=folder).images_per_second == pytest.approx(45)
+    (folder / "log.jsonl").write_text("\n".join(log.splitlines()[:3]))
     with pytest.raises(ValueError, match="1 rows .* since its last start, 2 needed"):
+        plan(made, DEVICES["h100"], measured=folder)
+    (folder / "starts.jsonl").write_text("")
+    with pytest.raises(ValueError, match="starts.jsonl has no row"):
+        plan(made, DEVICES["h100"], measured=folder)
+    (folder / "recipe.yaml").write_text("size: 64\n")  # an autoencoder's
+    with pytest.raises(ValueError, match="of another recipe: batch_size: None -> 2"):
         plan(made, DEVICES["h100"], measured=folder)
 
 
@@ -367,6 +376,7 @@ def test_a_run_that_says_too_little(tmp_path: Path) -> None:
     [
         ({"count": 0}, "count is 0; accepted: above 0"),
         ({"efficiency": -1.0}, "efficiency is -1.0"),
+        ({"efficiency": 0.0}, "efficiency is 0.0"),
         ({"count": 3}, "count is 3, which parallel.sequence = 2 does not divide"),
         ({"count": 2, "efficiency": 0.5, "measured": Path("run")}, "give one"),
     ],

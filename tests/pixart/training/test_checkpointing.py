@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 from small_runs import MODEL, recipe, run, train_apart, train_in_turn, weights, write_features
 
 from pixart.training import train
+from pixart.training.run_state import RunFolder
 from pixart.training.text_to_image import TextToImage
 
 
@@ -210,7 +211,9 @@ def test_a_run_goes_on_with_its_own_data_alone(tmp_path: Path) -> None:
         tmp_path / "features", cache.metadata, cache.null_caption, cache.null_length
     ) as w:
         w.add(**{**cache[0], "key": "one more"})
-    with pytest.raises(ValueError, match="trained on other data: 11 samples.* than the 12 there"):
+    with pytest.raises(
+        ValueError, match=r"trained on other data: 1 added \(one more\)\. Take away"
+    ):
         run(made)
 
 
@@ -268,6 +271,17 @@ def test_a_run_may_move_with_its_data(tmp_path: Path) -> None:
     shutil.copytree(after / "features", after / "other")
     with pytest.raises(ValueError, match="another recipe:\n  data.features: .*other\n"):
         again(after / "other")
+    # names on the hub, which are in no folder: their latents differ
+    run_of = RunFolder(tmp_path / "named")
+
+    def begin(vae: str) -> None:
+        data = {"features": str(after / "features"), "vae": vae}
+        run_of.begin(recipe(run_of.folder, after / "features", data=data))
+
+    begin("stabilityai/sd-vae-ft-ema")
+    run_of.name(1).mkdir(parents=True)
+    with pytest.raises(ValueError, match="data.vae: stabilityai/sd-vae-ft-ema -> another/vae"):
+        begin("another/vae")
 
 
 def test_an_export_that_failed_is_made_by_the_next_run(tmp_path: Path, features: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import sys
 import types
+from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 
@@ -145,6 +146,21 @@ def test_came_names_a_wrong_number(settings: dict, message: str) -> None:
         CAME(weights(), **{"lr": 1e-2, **settings})
 
 
+def _many_uneven(cut: Callable[[torch.Tensor], DTensor]) -> None:
+    """Of more elements than are updated together, in shards of different sizes."""
+    drawn = torch.Generator().manual_seed(0)
+    whole = [torch.randn(3, 100_000, generator=drawn) for _ in range(4)]
+    found = [torch.randn(3, 100_000, generator=drawn) for _ in range(4)]
+    parts, whole = [nn.Parameter(cut(p)) for p in whole], [nn.Parameter(p) for p in whole]
+    for p, q, gradient in zip(whole, parts, found, strict=True):
+        p.grad, q.grad = gradient, cut(gradient)
+    with pk.use_backend("reference"):
+        CAME(whole, 1e-2).step()
+        CAME(parts, 1e-2).step()
+    for p, q in zip(whole, parts, strict=True):
+        torch.testing.assert_close(q.full_tensor(), p, rtol=1e-5, atol=1e-6)
+
+
 def _shard(rank: int, world_size: int, folder: str) -> None:
     torch.set_num_threads(1)
     store = dist.FileStore(f"{folder}/store", world_size)
@@ -177,6 +193,7 @@ def _shard(rank: int, world_size: int, folder: str) -> None:
     # its kernels are interpreted
     if pk.dispatch.why_not("came_step", "triton", torch.zeros(1)) is None:
         walk("triton", 2)
+    _many_uneven(cut)
     columns = nn.Parameter(distribute_tensor(torch.ones(2, 4), mesh, [Shard(1)]))
     columns.grad = distribute_tensor(torch.ones(2, 4), mesh, [Shard(1)])
     with pytest.raises(ValueError, match=r"shape \(2, 4\) is laid out as .*accepted: replicated"):
