@@ -129,12 +129,14 @@ def encode(recipe: Recipe, overrides: Overrides = None, device: Device = None) -
     on_cpu = device == "cpu" or parse_flag_from_env("ACCELERATE_USE_CPU")
     processes = PartialState(cpu=on_cpu)
     check_started(processes.num_processes)
+    if processes.num_processes > 1 and device not in (None, "cpu"):
+        raise ValueError(f"--device is {device}; accepted with several processes: cpu, or none")
     place = _device(device) if processes.num_processes == 1 else processes.device
     of_class = checked.config.conditioning == "class"
-    (encode_classes if of_class else encode_images)(data, checked.config, place)
+    rows = (encode_classes if of_class else encode_images)(data, checked.config, place)
     if processes.is_main_process:
         factor = VAE.from_pretrained(data.vae).factor
-        Console().print(bucket_table(FeatureCache(data.features), factor))
+        Console().print(bucket_table(FeatureCache(data.features), rows, factor))
 
 
 @app.command()

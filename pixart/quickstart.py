@@ -25,7 +25,7 @@ from pixart.generation import PixArtPipeline, contact_sheet
 from pixart.generation.pipeline import to_pixels
 from pixart.training import TrainRecipe, VAERecipe, load_recipe, train
 from pixart.training.autoencoder import Autoencoder
-from pixart.training.text_to_image import TextToImage
+from pixart.training.text_to_image import TextToImage, encode_images
 
 # pictures drawn of each caption for the measurement; the sheet shows the first
 DRAWS = 2
@@ -107,7 +107,8 @@ def _text(path: Path) -> str:
 def _draw_and_measure(folder: Path, recipe: TrainRecipe) -> Retrieval:
     pipeline = PixArtPipeline.from_pretrained(folder / "model" / "pipeline")
     cache = FeatureCache(folder / "features")
-    training = [cache[i] for i in range(len(cache))]
+    rows = encode_images(recipe.data, recipe.config, torch.device("cpu"))  # all are there
+    training = [cache[i] for i in rows]
     captions = [sample["text"] for sample in training]
     prompts = sorted(set(captions))
     samples = recipe.samples

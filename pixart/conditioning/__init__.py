@@ -6,7 +6,7 @@ from pixart.conditioning.encode import (
     TooManyBadSamplesError,
     bucket_table,
     encode_dataset,
-    is_complete,
+    encoded_rows,
 )
 from pixart.conditioning.files import CorruptCacheError
 from pixart.conditioning.text import TextEncoder
@@ -24,5 +24,5 @@ __all__ = [
     "bucket_table",
     "collate",
     "encode_dataset",
-    "is_complete",
+    "encoded_rows",
 ]

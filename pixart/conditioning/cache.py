@@ -6,7 +6,9 @@ Layout of a cache folder:
     null-caption.safetensors   the features of "", padded to max_tokens
     shard-000000.safetensors   "text" (sum of L_i, C): the real tokens of every caption, end to end
                                "latent_mean", "latent_std" (sum of C*h*w,): flat, end to end
-                               header: key, caption, token count, latent shape, size of each sample
+                               header: key, caption, token count, latent shape, size of each sample,
+                               and what tells its version from others: fingerprint and stamp
+    stamps.json                newer stamps of samples whose fingerprints were found to be the same
     skipped.jsonl              samples the last encoding run could not use, with reasons; of other
                                processes than the first, skipped-1.jsonl and so on
 
@@ -15,6 +17,10 @@ so only real tokens are stored. Files appear under their final names only when t
 synced to disk, and the index names a shard only after that, so a run killed at any instant
 continues with the first sample that is in no shard. Of many processes each writes shards of its
 own, and the first one the index; a next run takes in what a killed one had not named there yet.
+
+The order of the samples means nothing, nor does a sample that no source has any more: a picture
+that is changed is added once more, beside its older version, and whoever reads the cache for a
+source asks `pixart.conditioning.encode.encoded_rows` where its samples are.
 """
 
 from __future__ import annotations
@@ -61,6 +67,10 @@ _LATENT_DTYPE = torch.float16
 _MAX_SAMPLES_PER_SHARD = 16384
 
 
+# of each key, the fingerprints of its versions, each with its stamp
+Samples = dict[str, dict[str | None, str | None]]
+
+
 @dataclass(frozen=True)
 class CacheMetadata:
     """What every sample of one cache shares; a cache is never continued with anything else."""
@@ -89,13 +99,13 @@ class CacheWriter:
             must open and leave the writer. None: this one alone.
 
     Attributes:
-        keys: the keys already in complete shards; `add` refuses them. Those that other processes
-            add meanwhile are not among them.
+        samples: of each key in complete shards, the fingerprints of its versions, each with its
+            stamp; `add` refuses them. What other processes add meanwhile is not among them.
 
     Raises:
         ValueError: the folder was begun with other metadata, or an argument is out of range.
         CorruptCacheError: a shard of the folder is damaged. A shard that was deleted is simply
-            forgotten, and its keys are missing from `keys`.
+            forgotten, and its keys are missing from `samples`.
         RuntimeError: another process is writing to the folder.
     """
 
@@ -127,13 +137,13 @@ class CacheWriter:
         self.folder = Path(folder)
         self.metadata = metadata
         self.samples_per_shard = samples_per_shard
-        self.keys: set[str] = set()
+        self.samples: Samples = {}
         self._shards: dict[str, dict[str, Any]] = {}  # file name -> entry of the index
         self._table: list[dict[str, Any]] = []
         self._text: list[torch.Tensor] = []
         self._mean: list[torch.Tensor] = []
         self._std: list[torch.Tensor] = []
-        self._buffered: set[str] = set()
+        self._buffered: Samples = {}
 
         # of numbers that are this process's alone, the lowest first, so that a deleted shard comes
         # back under its own name
@@ -142,7 +152,7 @@ class CacheWriter:
         names = (f"shard-{number:06d}.safetensors" for number in numbers)
         self._free_names = (name for name in names if name not in self._shards)
 
-        def begin() -> tuple[dict[str, dict[str, Any]], set[str]]:
+        def begin() -> tuple[dict[str, dict[str, Any]], Samples]:
             self.folder.mkdir(parents=True, exist_ok=True)
             self._lock = lock(self.folder)
             try:
@@ -152,9 +162,9 @@ class CacheWriter:
             except BaseException:
                 self._lock.close()
                 raise
-            return self._shards, self.keys
+            return self._shards, self.samples
 
-        self._shards, self.keys = self._together.first(begin)
+        self._shards, self.samples = self._together.first(begin)
         if self._together.rank > 0:
             # while one of them lives, nobody else begins to encode what is missing
             self._lock = lock(self.folder, shared=True)
@@ -167,19 +177,20 @@ class CacheWriter:
             _require_same(self.folder / INDEX, index["metadata"], self.metadata)
             for entry in index["shards"]:
                 if (self.folder / entry["file"]).exists():
-                    table = read_header(self.folder, entry)["samples"]
                     self._shards[entry["file"]] = entry
-                    self.keys.update(sample["key"] for sample in table)
+                    _note(self.samples, read_header(self.folder, entry)["samples"])
         # shards without an entry: the first process died before it had named them in the index
         paths = sorted(self.folder.glob("shard-*.safetensors"))
         unnamed = [path for path in paths if path.name not in self._shards]
         with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-            for path, (entry, keys) in zip(unnamed, pool.map(self._read, unnamed), strict=True):
-                if keys & self.keys:
-                    repeated = len(keys & self.keys)
+            for path, (entry, table) in zip(unnamed, pool.map(self._read, unnamed), strict=True):
+                repeated = sum(
+                    row.get("fingerprint") in self.samples.get(row["key"], ()) for row in table
+                )
+                if repeated:
                     raise corrupt(path, f"it repeats {repeated} samples of other shards", 0)
                 self._shards[path.name] = entry
-                self.keys |= keys
+                _note(self.samples, table)
 
         null_path = self.folder / NULL_CAPTION
         if index is not None and null_path.exists():
@@ -190,19 +201,19 @@ class CacheWriter:
             self._null = self._write(NULL_CAPTION, {"text": caption}, {"length": null_length}, 0)
         self._write_index()
 
-    def _read(self, path: Path) -> tuple[dict[str, Any], set[str]]:
-        """A shard's entry of the index, and its keys."""
+    def _read(self, path: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+        """A shard's entry of the index, and its table of samples."""
         try:
             with safe_open(path, "pt"):  # checks that header and file length agree
                 pass
             with path.open("rb") as file, mmap(file.fileno(), 0, access=ACCESS_READ) as blob:
                 header = parse_header(blob[: header_length(blob[:8])])
                 entry = describe(path.name, blob, len(header["samples"]))
-            metadata, keys = header["cache"], {sample["key"] for sample in header["samples"]}
+            metadata, table = header["cache"], header["samples"]
         except Exception as error:
             raise corrupt(path, f"it is not a readable shard ({error})", 0) from error
         _require_same(path, metadata, self.metadata)
-        return entry, keys
+        return entry, table
 
     def add(
         self,
@@ -213,24 +224,28 @@ class CacheWriter:
         latent_mean: torch.Tensor,
         latent_std: torch.Tensor,
         image_size: tuple[int, int],
+        fingerprint: str | None = None,
+        stamp: str | None = None,
     ) -> None:
         """Add one sample; writes a shard when it is full.
 
         Args:
-            key: unique in the cache.
+            key: with the fingerprint, unique in the cache.
             text: the caption.
             caption: (L_i, C) features of its real tokens.
             latent_mean, latent_std: (C, h, w), normalised.
             image_size: (height, width) in pixels of the original image.
+            fingerprint, stamp: `ImageSource.fingerprint` and `ImageSource.stamp` of what was
+                encoded. None: it is taken for whatever a source has under that key.
 
         Raises:
             ValueError: the key is taken, a shape does not fit the metadata, or a value is not
                 finite in the stored dtype.
             OSError: the shard could not be written; says what to do.
         """
-        if key in self.keys or key in self._buffered:
+        if any(fingerprint in held.get(key, ()) for held in (self.samples, self._buffered)):
             raise ValueError(
-                f"key={key!r} is already in {self.folder}; keys are unique: skip those in `keys`"
+                f"key={key!r} is already in {self.folder}; skip the versions that are in `samples`"
             )
         meta = self.metadata
         if (
@@ -257,16 +272,17 @@ class CacheWriter:
         self._text.append(packed_caption)
         self._mean.append(packed_mean.flatten())
         self._std.append(packed_std.flatten())
-        self._table.append(
-            {
-                "key": key,
-                "text": text,
-                "tokens": caption.shape[0],
-                "latent": list(latent_mean.shape),
-                "size": [int(side) for side in image_size],
-            }
-        )
-        self._buffered.add(key)
+        row = {
+            "key": key,
+            "text": text,
+            "tokens": caption.shape[0],
+            "latent": list(latent_mean.shape),
+            "size": [int(side) for side in image_size],
+            "fingerprint": fingerprint,
+            "stamp": stamp,
+        }
+        self._table.append(row)
+        _note(self._buffered, [row])
         if len(self._table) >= self.samples_per_shard:
             self.flush()
 
@@ -287,9 +303,9 @@ class CacheWriter:
         self._shards[name] = self._write(name, tensors, header, len(self._table))
         if self._together.rank == 0:
             self._write_index()
-        self.keys |= self._buffered
+        _note(self.samples, self._table)
         self._table, self._text, self._mean, self._std = [], [], [], []
-        self._buffered = set()
+        self._buffered = {}
 
     def close(self) -> None:
         """Write what is buffered and let other writers in.
@@ -396,6 +412,14 @@ class FeatureCache(Dataset[dict[str, Any]]):
         """The key of every sample, in order; reads the shards' headers alone."""
         return [row["key"] for entry in self._entries for row in self._rows(entry)]
 
+    def versions(self) -> list[tuple[str | None, str | None]]:
+        """Fingerprint and stamp of every sample, in order; reads the shards' headers alone."""
+        return [
+            (row.get("fingerprint"), row.get("stamp"))
+            for entry in self._entries
+            for row in self._rows(entry)
+        ]
+
     def latent_shapes(self) -> list[tuple[int, int, int]]:
         """(C, h, w) of every sample, in order, for bucketing; reads the shards' headers alone."""
         return [tuple(row["latent"]) for entry in self._entries for row in self._rows(entry)]
@@ -479,6 +503,12 @@ def collate(samples: Sequence[dict[str, Any]]) -> dict[str, Any]:
         "image_size": torch.stack([sample["image_size"] for sample in samples]),
         "keys": [sample["key"] for sample in samples],
     }
+
+
+def _note(samples: Samples, table: Sequence[Mapping[str, Any]]) -> None:
+    for row in table:
+        # caches from before there were fingerprints have none
+        samples.setdefault(row["key"], {})[row.get("fingerprint")] = row.get("stamp")
 
 
 def _finite(tensor: torch.Tensor, dtype: torch.dtype, what: str, hint: str) -> torch.Tensor:

@@ -12,18 +12,33 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeRemainingColumn,
+    track,
+)
 from rich.table import Table
 
-from pixart.conditioning.cache import CacheMetadata, CacheWriter, FeatureCache
+from pixart.conditioning.cache import CacheMetadata, CacheWriter, FeatureCache, Samples
+from pixart.conditioning.files import MissingFileError
 from pixart.conditioning.text import TextEncoder
 from pixart.conditioning.vae import VAE
 from pixart.data.sources import BadSample, ImageSample, ImageSource
+from pixart.files import write_atomically
 from pixart.together import Together, all_processes
 
 SKIPPED = "skipped.jsonl"
+STAMPS = "stamps.json"
+# so many bad samples are listed before a run gives up, that they can be mended all at once
+_LISTED = 100
+# samples that a thread looks at in one go
+_PART = 256
 # Decoded images kept back to fill batches of one size; bounds memory when every size differs.
 _MAX_WAITING_BATCHES = 8
 # Of a batch: an autoencoder's first layers keep 128 channels or so for each.
@@ -58,8 +73,10 @@ def encode_dataset(
 ) -> EncodeReport:
     """Encode every sample of `source` into the cache at `folder`, continuing where one was begun.
 
-    Images of one size share batches. Samples that fail are left out, listed in `skipped.jsonl`
-    and tried again by the next run that has anything to encode: see `is_complete`.
+    A sample whose picture or caption is another than was encoded is encoded once more, whatever
+    its key; the older version stays, for a source that still has it. Images of one size share
+    batches. Samples that fail are left out, listed in `skipped.jsonl` and tried again by the next
+    run that has anything to encode: see `encoded_rows`.
 
     Where torch.distributed is initialised all processes must call this: each encodes its share of
     what is missing, and it returns when the last one is done. They need the same source, and a
@@ -108,6 +125,7 @@ def encode_dataset(
         )
     null_caption, null_mask = text_encoder.encode_null()
     encoded = 0
+    first_of = _first_of(source)
     with ExitStack() as stack:
         writer = stack.enter_context(
             CacheWriter(
@@ -119,6 +137,7 @@ def encode_dataset(
                 together=together,
             )
         )
+        found = together.first(lambda: _match(source, writer.samples, writer.folder, progress))
         bar = stack.enter_context(
             Progress(
                 TextColumn("{task.description}"),
@@ -129,18 +148,15 @@ def encode_dataset(
                 disable=not progress or together.rank > 0,
             )
         )
-        missing = dict.fromkeys(key for key in source.keys if key not in writer.keys)
-        present = len(source) - sum(key in missing for key in source.keys)
-        # by keys, so that one that appears twice is in one share
-        share = set(list(missing)[together.rank :: together.count])
-        todo = [i for i, key in enumerate(source.keys) if key in share]
+        missing = [i for i in range(len(source)) if i not in found]
+        present = len(found)
+        todo = missing[together.rank :: together.count]
 
         before = present // together.count
         what = "encoding" if together.count == 1 else f"encoding 1/{together.count} of all"
         task = bar.add_task(what, total=before + len(todo), completed=before, skipped=0)
         skipped = _Skipped(Path(folder), len(source), max_bad_fraction, together)
-        seen: set[str] = set()
-        waiting: dict[tuple[int, int], list[ImageSample]] = {}  # by image size
+        waiting: dict[tuple[int, int], list[_Loaded]] = {}  # by image size
 
         def fullness(size: tuple[int, int]) -> float:
             """Of a batch of the samples that wait."""
@@ -154,15 +170,16 @@ def encode_dataset(
             encoded += len(group)
             bar.update(task, advance=len(group))
 
-        for stamp, loaded in _load_ahead(source, todo, window=2 * batch_size):
-            if not isinstance(loaded, BadSample):
-                loaded = _reject(loaded, seen, vae.factor) or loaded
-            if isinstance(loaded, BadSample):
-                skipped.add(loaded, stamp)
+        for loaded in _load_ahead(source, todo, window=2 * batch_size):
+            sample = loaded.sample
+            if not isinstance(sample, BadSample):
+                repeated = first_of[sample.key] != loaded.number
+                sample = _reject(sample, repeated, vae.factor) or sample
+            if isinstance(sample, BadSample):
+                skipped.add(sample, loaded.stamp)
                 bar.update(task, advance=1, skipped=len(skipped.rows))
                 continue
-            seen.add(loaded.key)
-            size = (loaded.image.shape[1], loaded.image.shape[2])
+            size = (sample.image.shape[1], sample.image.shape[2])
             waiting.setdefault(size, []).append(loaded)
             if fullness(size) == 1:
                 encode_group(size)
@@ -175,31 +192,117 @@ def encode_dataset(
     )
 
 
-def is_complete(source: ImageSource, folder: str | Path, *, max_bad_fraction: float = 0.05) -> bool:
-    """Whether `encode_dataset` has nothing to do: what the cache lacks was bad, and is unchanged.
+def encoded_rows(
+    source: ImageSource,
+    folder: str | Path,
+    *,
+    max_bad_fraction: float = 0.05,
+    progress: bool = True,
+) -> list[int] | None:
+    """Where the samples of `source`, as they are now, are in the cache at `folder`.
+
+    Their order is that of their keys, however the cache came to be, and whatever else is in it.
+
+    Returns:
+        Indices for `FeatureCache`; None where `encode_dataset` has anything to do, that is, where
+        more is lacking than samples that were bad and have not changed.
 
     Raises:
         CorruptCacheError: a shard of the folder is damaged; says what to do.
     """
     try:
-        keys = set(FeatureCache(folder).keys())
-    except FileNotFoundError:
-        return False
-    missing = {key: source.stamp(i) for i, key in enumerate(source.keys) if key not in keys}
+        cache = FeatureCache(folder)
+        keys, versions = cache.keys(), cache.versions()
+    except (FileNotFoundError, MissingFileError):
+        return None
+    samples: Samples = {}
+    for key, (fingerprint, stamp) in zip(keys, versions, strict=True):
+        samples.setdefault(key, {})[fingerprint] = stamp
+    found = _match(source, samples, Path(folder), progress)
+    missing = [i for i in range(len(source)) if i not in found]
     tried = _read_skipped(Path(folder) / SKIPPED)
-    accepted = len(missing) <= max_bad_fraction * len(source)
-    return accepted and all(tried.get(key) == stamp for key, stamp in missing.items())
+    if len(missing) > max_bad_fraction * len(source) or any(
+        (source.keys[i], source.stamp(i)) not in tried for i in missing
+    ):
+        return None
+    names = zip(keys, (fingerprint for fingerprint, _ in versions), strict=True)
+    rows = {name: row for row, name in enumerate(names)}
+    return [rows[source.keys[i], found[i]] for i in sorted(found, key=lambda i: source.keys[i])]
 
 
-def _read_skipped(path: Path) -> dict[str, str | None]:
-    """Of each bad sample's key, the stamp when it was tried."""
-    stamps = {}
+def _first_of(source: ImageSource) -> dict[str, int]:
+    """Of each key, the sample that has it; any other with the same key is bad."""
+    first: dict[str, int] = {}
+    for i, key in enumerate(source.keys):
+        first.setdefault(key, i)
+    return first
+
+
+def _match(
+    source: ImageSource, samples: Samples, folder: Path, progress: bool
+) -> dict[int, str | None]:
+    """The samples of `source` that are in a cache with `samples`, each with its fingerprint.
+
+    Pictures are not read where their stamps are as they were, and otherwise once: their new stamps
+    are then kept in the folder. A fingerprint is of the content, because names, sizes and dates of
+    two data sets may well agree, and because a copied one is still the same.
+    """
+    path = folder / STAMPS
+    # of each key, a fingerprint and its latest stamp
+    renewed: dict[str, list[str]] = {}
+    if path.exists():
+        with suppress(ValueError):
+            renewed = json.loads(path.read_bytes())
+
+    def look(some: Sequence[int]) -> tuple[dict[int, str | None], dict[str, list[str]]]:
+        found: dict[int, str | None] = {}
+        read: dict[str, list[str]] = {}
+        for i in some:
+            key, stamp = source.keys[i], source.stamp(i)
+            versions = samples[key]
+            # one without a fingerprint is taken for what the source has
+            same = [f for f, at in versions.items() if f is None or at == stamp]
+            if same:
+                found[i] = same[0]
+                continue
+            fingerprint, at = renewed.get(key, ("", ""))
+            if at != stamp:
+                fingerprint = source.fingerprint(i)
+            if fingerprint in versions:
+                found[i] = fingerprint
+                if at != stamp:
+                    read[key] = [fingerprint, stamp]
+        return found, read
+
+    known = [i for key, i in _first_of(source).items() if key in samples]
+    parts = [known[i : i + _PART] for i in range(0, len(known), _PART)]
+    found: dict[int, str | None] = {}
+    read: dict[str, list[str]] = {}
+    hidden = not progress or len(parts) < 2
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        done = pool.map(look, parts)
+        for some, newer in track(
+            done, "looking for changes", len(parts), transient=True, disable=hidden
+        ):
+            found |= some
+            read |= newer
+    if read:
+        text = json.dumps(renewed | read).encode()
+        # on a read-only disk they are read each time
+        with suppress(OSError):
+            write_atomically(path, lambda file: file.write(text))
+    return found
+
+
+def _read_skipped(path: Path) -> set[tuple[str, str | None]]:
+    """The bad samples' keys, and stamps when they were tried."""
+    tried = set()
     for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
         # a run may have been killed in the midst of a row
         with suppress(json.JSONDecodeError):
             row = json.loads(line)
-            stamps[row["key"]] = row.get("stamp")
-    return stamps
+            tried.add((row["key"], row.get("stamp")))
+    return tried
 
 
 class _Skipped:
@@ -219,10 +322,11 @@ class _Skipped:
         together.first(begin)
 
     def add(self, bad: BadSample, stamp: str) -> None:
-        """Raises TooManyBadSamplesError where this process has found too many."""
+        """Raises TooManyBadSamplesError where this process has found too many, and some more."""
         self.rows.append({"key": bad.key, "reason": bad.reason, "stamp": stamp})
         self._list(self.rows[-1:])
-        self._check()
+        if len(self.rows) >= _LISTED:
+            self._check()
 
     def merge(self) -> int:
         """Lists those of all processes in the first one's file, and counts them.
@@ -253,16 +357,18 @@ class _Skipped:
             )
 
 
-def bucket_table(cache: FeatureCache, factor: int) -> Table:
+def bucket_table(cache: FeatureCache, rows: Sequence[int], factor: int) -> Table:
     """What a cache holds, by the size of the encoded images: for people.
 
     Args:
+        rows: of the samples to count.
         factor: pixels per latent pixel along each side: `VAE.factor`.
     """
-    buckets = [(factor * h, factor * w) for _, h, w in cache.latent_shapes()]
+    shapes, sizes = cache.latent_shapes(), cache.image_sizes()
+    buckets = [(factor * shapes[row][1], factor * shapes[row][2]) for row in rows]
     enlarged = Counter(
         bucket
-        for bucket, (height, width) in zip(buckets, cache.image_sizes(), strict=True)
+        for bucket, (height, width) in zip(buckets, (sizes[row] for row in rows), strict=True)
         if min(height / bucket[0], width / bucket[1]) < 1
     )
     counts = Counter(buckets)
@@ -272,14 +378,21 @@ def bucket_table(cache: FeatureCache, factor: int) -> Table:
         share = f"{count / len(buckets):.1%}"
         table.add_row(f"{width} x {height}", f"{count:,}", share, f"{enlarged[bucket]:,}")
     skipped = cache.folder / SKIPPED
-    if skipped.exists() and (rows := skipped.read_text(encoding="utf-8").splitlines()):
-        table.caption = f"{len(rows):,} more were skipped: {SKIPPED}"
+    if skipped.exists() and (bad := skipped.read_text(encoding="utf-8").splitlines()):
+        table.caption = f"{len(bad):,} more were skipped: {SKIPPED}"
     return table
 
 
-def _reject(sample: ImageSample, seen: set[str], factor: int) -> BadSample | None:
+class _Loaded(NamedTuple):
+    number: int
+    stamp: str
+    fingerprint: str
+    sample: ImageSample | BadSample
+
+
+def _reject(sample: ImageSample, repeated: bool, factor: int) -> BadSample | None:
     height, width = sample.image.shape[1:]
-    if sample.key in seen:
+    if repeated:
         return BadSample(sample.key, "the key appears twice in the source")
     if height % factor or width % factor:
         return BadSample(
@@ -288,21 +401,19 @@ def _reject(sample: ImageSample, seen: set[str], factor: int) -> BadSample | Non
     return None
 
 
-def _load_ahead(
-    source: ImageSource, indices: Sequence[int], window: int
-) -> Iterator[tuple[str, ImageSample | BadSample]]:
-    """Stamps and samples in order, decoded in threads up to `window` ahead of the encoders."""
+def _load_ahead(source: ImageSource, indices: Sequence[int], window: int) -> Iterator[_Loaded]:
+    """In order, decoded in threads up to `window` ahead of the encoders."""
 
-    def load(index: int) -> tuple[str, ImageSample | BadSample]:
+    def load(index: int) -> _Loaded:
         # before the sample: a file that is still being written is another one afterwards
-        stamp = source.stamp(index)
+        stamp, fingerprint = source.stamp(index), source.fingerprint(index)
         try:
-            return stamp, ImageSample(*source[index])
+            return _Loaded(index, stamp, fingerprint, ImageSample(*source[index]))
         except BadSample as bad:
-            return stamp, bad
+            return _Loaded(index, stamp, fingerprint, bad)
 
     threads = min(8, os.cpu_count() or 1)
-    ahead: deque[Future[tuple[str, ImageSample | BadSample]]] = deque()
+    ahead: deque[Future[_Loaded]] = deque()
     with ThreadPoolExecutor(threads) as pool:
         try:
             for index in indices:
@@ -317,18 +428,19 @@ def _load_ahead(
 
 
 def _encode_batch(
-    samples: Sequence[ImageSample],
+    group: Sequence[_Loaded],
     vae: VAE,
     text_encoder: TextEncoder,
     writer: CacheWriter,
     dtype: torch.dtype,
 ) -> None:
+    samples = [loaded.sample for loaded in group if isinstance(loaded.sample, ImageSample)]
     means, stds = vae.moments(torch.stack([sample.image for sample in samples]))
     features, mask = text_encoder.encode([sample.caption for sample in samples])
     # one transfer per batch; a sum past the range of dtype shows up as inf and is refused in add
     means, stds, features = means.cpu(), stds.cpu(), features.to(dtype).cpu()
     lengths = mask.sum(1).tolist()
-    for i, sample in enumerate(samples):
+    for i, (loaded, sample) in enumerate(zip(group, samples, strict=True)):
         writer.add(
             key=sample.key,
             text=sample.caption,
@@ -336,4 +448,6 @@ def _encode_batch(
             latent_mean=means[i],
             latent_std=stds[i],
             image_size=sample.size,
+            fingerprint=loaded.fingerprint,
+            stamp=loaded.stamp,
         )

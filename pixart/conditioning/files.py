@@ -28,12 +28,18 @@ class CorruptCacheError(RuntimeError):
     """A file of the cache is missing or is not what was written."""
 
 
+class MissingFileError(CorruptCacheError):
+    """It is missing, and whoever encodes again puts another one in its place."""
+
+
+_AGAIN = "rerun the encoding with the same folder (`pixart data encode`, with data.images)"
+
+
 def corrupt(path: Path, what: str, samples: int) -> CorruptCacheError:
     """The error for a damaged file that holds `samples` samples (0: the null caption)."""
     lost = f"its {samples} samples" if samples else "what it held"
     return CorruptCacheError(
-        f"{path} is damaged: {what}. Delete it and rerun the encoding with the same folder; only "
-        f"{lost} will be encoded again"
+        f"{path} is damaged: {what}. Delete it and {_AGAIN}; only {lost} will be encoded again"
     )
 
 
@@ -127,8 +133,8 @@ def read_index(folder: Path) -> dict[str, Any]:
         index = json.loads(path.read_bytes())
     except ValueError as error:
         raise CorruptCacheError(
-            f"{path} is damaged ({error}). Delete it and rerun the encoding with the same folder; "
-            "the index is rebuilt from the shards"
+            f"{path} is damaged ({error}). Delete it and {_AGAIN}; the index is rebuilt from the "
+            "shards"
         ) from error
     if index.get("format") != FORMAT or index.get("version") != VERSION:
         raise ValueError(
@@ -142,9 +148,7 @@ def _check_size(path: Path, entry: dict[str, Any]) -> None:
     samples = entry["samples"]
     if not path.is_file():
         lost = f"only its {samples} samples are encoded again" if samples else "it is restored"
-        raise CorruptCacheError(
-            f"{path} is missing. Rerun the encoding with the same folder; {lost}"
-        )
+        raise MissingFileError(f"{path} is missing. To get it back, {_AGAIN}; {lost}")
     size = path.stat().st_size
     if size != entry["bytes"]:
         raise corrupt(path, f"it has {size} bytes instead of {entry['bytes']}", samples)

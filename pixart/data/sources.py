@@ -6,16 +6,19 @@ whoever drives the source decides how many of those are too many.
 
 from __future__ import annotations
 
+import csv
+import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
 from PIL import Image, ImageOps
 
 from pixart.data.aspect_ratios import nearest
+from pixart.files import digest
 
 IMAGE_SUFFIXES = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"})
 MAX_PIXELS = 100_000_000  # decoded RGB stays under 300 MB; larger files are mostly bombs or maps
@@ -54,7 +57,11 @@ class ImageSource(Protocol):
     def __getitem__(self, index: int) -> ImageSample: ...
 
     def stamp(self, index: int) -> str:
-        """What changes when the sample is changed where it lies."""
+        """What changes when the sample's files are written or copied; told without reading them."""
+        ...
+
+    def fingerprint(self, index: int) -> str:
+        """Of picture and caption, wherever they lie; empty where they cannot be read."""
         ...
 
 
@@ -62,8 +69,9 @@ class ImageFolder:
     """A folder of images with captions.
 
     With a `metadata.jsonl` (rows `{"file_name": ..., "text": ...}`, or `"caption"` in place of
-    `"text"`; the layout of Hugging Face's `imagefolder`) the rows are the samples. Without one,
-    every image below the folder is a sample, and `x.png` takes its caption from `x.txt`.
+    `"text"`) or a `metadata.csv` with such columns, the layouts of Hugging Face's `imagefolder`,
+    the rows are the samples. Without one, every image below the folder is a sample, and `x.png`
+    takes its caption from `x.txt`.
 
     Args:
         folder: where the images are; keys are paths relative to it, with forward slashes.
@@ -91,12 +99,13 @@ class ImageFolder:
             )
         self.size = size
         self._root = self.folder.resolve()
-        self._metadata = self.folder / "metadata.jsonl"
+        tables = (self.folder / name for name in ("metadata.jsonl", "metadata.csv"))
+        table = next((path for path in tables if path.is_file()), None)
         # (key, caption) for rows of the metadata file, (key, None) where a sidecar has the caption
         # and (key, BadSample) for a row that is no use at all
         self._rows: list[tuple[str, str | BadSample | None]]
-        if self._metadata.is_file():
-            self._rows = _read_metadata(self._metadata)
+        if table is not None:
+            self._rows = _read_metadata(table)
         else:
             self._rows = [
                 (path.relative_to(self.folder).as_posix(), None)
@@ -137,11 +146,25 @@ class ImageFolder:
         return ImageSample(key, pixels.to(torch.float32) / 127.5 - 1.0, caption, (height, width))
 
     def stamp(self, index: int) -> str:
-        """Sizes and times of change of the image, and of the file with its caption."""
+        """Of the image's size and times, and of the caption or those of its file."""
         key, caption = self._rows[index]
         image = self.folder / key
-        beside = self._metadata if caption is not None else image.with_suffix(".txt")
-        return f"{_stamp(image)} {_stamp(beside)}"
+        beside = _stamp(image.with_suffix(".txt")) if caption is None else str(caption)
+        return _short(f"{_stamp(image)} {beside}", 16)
+
+    def fingerprint(self, index: int) -> str:
+        """Of the bytes of the image and of its caption."""
+        key, caption = self._rows[index]
+        image = self.folder / key
+        try:
+            # a device never ends
+            if isinstance(caption, BadSample) or not image.is_file():
+                return ""
+            if caption is None:
+                caption = image.with_suffix(".txt").read_text("utf-8-sig", "surrogateescape")
+            return _short(f"{digest(image)} {caption.strip()}", 32)
+        except (OSError, ValueError):
+            return ""
 
 
 class UncaptionedFolder(ImageFolder):
@@ -157,31 +180,56 @@ def _stamp(path: Path) -> str:
         found = path.stat()
     except (OSError, ValueError):
         return "-"
-    return f"{found.st_size}@{found.st_mtime_ns}"
+    # an archive gives files of equal size the same date, but none can give them st_ctime
+    return f"{found.st_size}@{found.st_mtime_ns}@{found.st_ctime_ns}"
+
+
+def _short(text: str, digits: int) -> str:
+    """Of SHA-256, so many hexadecimal digits."""
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:digits]
 
 
 def _read_metadata(path: Path) -> list[tuple[str, str | BadSample | None]]:
     rows: list[tuple[str, str | BadSample | None]] = []
-    with path.open(encoding="utf-8-sig") as lines:
-        for number, line in enumerate(lines, 1):
-            if not line.strip():
-                continue
-            where = f"{path.name}:{number}"
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError as error:
-                rows.append((where, BadSample(where, f"the row is not JSON ({error})")))
-                continue
-            name = row.get("file_name") if isinstance(row, dict) else None
-            if not isinstance(name, str) or not name:
-                rows.append((where, BadSample(where, 'the row has no "file_name"')))
-                continue
-            caption = row.get("text", row.get("caption"))
-            if isinstance(caption, str):
-                rows.append((name, caption))
-            else:
-                rows.append((name, BadSample(name, f'no "text" or "caption" string in {where}')))
+    for where, row in _table(path):
+        if isinstance(row, BadSample):
+            rows.append((where, row))
+            continue
+        name = row.get("file_name") if isinstance(row, dict) else None
+        if not isinstance(name, str) or not name:
+            rows.append((where, BadSample(where, 'the row has no "file_name"')))
+            continue
+        caption = row.get("text", row.get("caption"))
+        if isinstance(caption, str):
+            rows.append((name, caption))
+        else:
+            rows.append((name, BadSample(name, f'no "text" or "caption" string in {where}')))
     return rows
+
+
+def _table(path: Path) -> Iterator[tuple[str, Any]]:
+    """Where each row is, and what it says: of a .jsonl or a .csv."""
+    if path.suffix == ".csv":
+        reader = csv.DictReader(_lines(path))
+        for row in reader:
+            yield f"{path.name}:{reader.line_num}", row
+        return
+    for number, line in enumerate(_lines(path), 1):
+        where = f"{path.name}:{number}"
+        try:
+            if line.strip():
+                yield where, json.loads(line)
+        except json.JSONDecodeError as error:
+            yield where, BadSample(where, f"the row is not JSON ({error})")
+
+
+def _lines(path: Path) -> Iterator[str]:
+    with path.open("rb") as lines:
+        for number, line in enumerate(lines, 1):
+            try:
+                yield line.decode("utf-8-sig" if number == 1 else "utf-8")
+            except UnicodeDecodeError as error:
+                raise ValueError(f"{path}: line {number} is not UTF-8; save it as UTF-8") from error
 
 
 def _read_sidecar(key: str, path: Path, root: Path) -> str:

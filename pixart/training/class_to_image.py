@@ -12,7 +12,7 @@ from accelerate import PartialState
 from PIL import Image
 from torch import Tensor, nn
 
-from pixart.conditioning import VAE, TextEncoder, encode_dataset
+from pixart.conditioning import VAE, TextEncoder
 from pixart.config import PixArtConfig
 from pixart.data.sources import BadSample, ImageFolder
 from pixart.diffusion import sample
@@ -21,7 +21,7 @@ from pixart.generation import contact_sheet
 from pixart.generation.pipeline import to_image
 from pixart.model import PixArt
 from pixart.training.recipe import Data
-from pixart.training.text_to_image import TextToImage, is_encoded
+from pixart.training.text_to_image import TextToImage, all_rows, encode_missing
 
 # in the folder of features: names of the classes, in the order of their labels
 CLASSES = "classes.json"
@@ -60,17 +60,14 @@ class NoText:
         return self
 
 
-def encode_classes(data: Data, config: PixArtConfig, device: torch.device) -> None:
-    """Encodes ``data.images`` into ``data.features``, where samples are missing.
-
-    All processes must call it: each encodes its share.
-    """
+def encode_classes(data: Data, config: PixArtConfig, device: torch.device) -> list[int]:
+    """As :func:`pixart.training.text_to_image.encode_images`, and records the classes' names."""
     if data.text_encoder is not None:
         raise ValueError(
             "data.text_encoder is given, but a class model reads no text: leave it out"
         )
     if data.images is None:
-        return
+        return all_rows(data.features)
     if data.vae is None:
         raise ValueError("data.images is given: data.vae is needed as well")
     vae = VAE.from_pretrained(data.vae)
@@ -78,21 +75,14 @@ def encode_classes(data: Data, config: PixArtConfig, device: torch.device) -> No
     classes = source.classes
     if not classes:
         raise ValueError(f"data.images: {data.images} has no folders of pictures, one for a class")
-    if is_encoded(source, data) and (data.features / CLASSES).is_file():
-        return
+    names = json.dumps(classes, indent=1).encode()
+    # a cache is not continued with other classes, which would have other labels
     digest = hashlib.sha256(json.dumps(classes).encode()).hexdigest()
-    encode_dataset(
-        source,
-        vae,
-        # a cache is not continued with other classes, which would have other labels
-        cast(TextEncoder, NoText(f"classes {digest}")),
-        data.features,
-        device=device,
-        max_bad_fraction=data.max_bad_fraction,
-    )
-    if PartialState().is_main_process:
-        names = json.dumps(classes, indent=1).encode()
+    no_text = cast(TextEncoder, NoText(f"classes {digest}"))
+    rows = encode_missing(source, vae, lambda: no_text, data, device)
+    if PartialState().is_main_process and not (data.features / CLASSES).is_file():
         write_atomically(data.features / CLASSES, lambda file: file.write(names))
+    return rows
 
 
 class ClassToImage(TextToImage):
@@ -102,8 +92,8 @@ class ClassToImage(TextToImage):
     from which ``pixart grow`` makes one that reads text.
     """
 
-    def _encode(self) -> None:
-        encode_classes(self.recipe.data, self.recipe.config, self.device)
+    def _encode(self) -> list[int]:
+        return encode_classes(self.recipe.data, self.recipe.config, self.device)
 
     def _check_features(self) -> None:
         features, config = self.recipe.data.features, self.recipe.config

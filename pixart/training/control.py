@@ -10,14 +10,14 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from pixart.conditioning import VAE, FeatureCache, TextEncoder, encode_dataset
+from pixart.conditioning import VAE, FeatureCache, TextEncoder
 from pixart.controlnet import ControlledPixArt
 from pixart.data.sources import UncaptionedFolder
 from pixart.generation import PixArtPipeline, Prompts, contact_sheet
 from pixart.generation.pipeline import to_image
 from pixart.model import PixArt
 from pixart.training.class_to_image import NoText
-from pixart.training.text_to_image import TextToImage, is_encoded
+from pixart.training.text_to_image import TextToImage, all_rows, encode_missing
 
 # of the samples: how many previews show
 PREVIEWS = 8
@@ -29,10 +29,10 @@ class _WithControl(Dataset[dict[str, Any]]):
     Raises ValueError where one has none, or one of another size.
     """
 
-    def __init__(self, features: FeatureCache, controls: FeatureCache) -> None:
-        rows = {_name(key): row for row, key in enumerate(controls.keys())}
-        names = [_name(key) for key in features.keys()]  # noqa: SIM118
-        shapes, of_controls = features.latent_shapes(), controls.latent_shapes()
+    def __init__(self, task: TextToImage, controls: FeatureCache, rows_of: list[int]) -> None:
+        keys, of_controls = controls.keys(), controls.latent_shapes()
+        rows = {_name(keys[row]): row for row in rows_of}
+        names, shapes = [_name(key) for key in task.keys], task.buckets
         lacking = [name for name in names if name not in rows]
         unequal = [
             name
@@ -45,7 +45,7 @@ class _WithControl(Dataset[dict[str, Any]]):
                 f"({', '.join(lacking[:5])}), {len(unequal)} one of another size "
                 f"({', '.join(unequal[:5])})"
             )
-        self.features, self.controls = features, controls
+        self.samples, self.controls = task.dataset, controls
         self.rows = [rows[name] for name in names]
 
     def __len__(self) -> int:
@@ -53,7 +53,7 @@ class _WithControl(Dataset[dict[str, Any]]):
 
     def __getitem__(self, row: int) -> dict[str, Any]:
         control = self.controls[self.rows[row]]["latent_mean"]
-        return {**self.features[row], "control": control.float()}
+        return {**self.samples[row], "control": control.float()}
 
 
 class ControlledTextToImage(TextToImage):
@@ -65,16 +65,21 @@ class ControlledTextToImage(TextToImage):
         controls = FeatureCache(self.recipe.control.features)
         if controls.metadata.vae != self.features.metadata.vae:
             raise ValueError("control.features were encoded by another autoencoder")
-        self.dataset = _WithControl(self.features, controls)
+        self.dataset = _WithControl(self, controls, self._control_rows)
         if self.recipe.data.vae is not None:
             self.preview_every = self.recipe.samples.every
             self._vae = VAE.from_pretrained(self.recipe.data.vae, device=self.device)
 
-    def _encode(self) -> None:
-        super()._encode()
+    def _encode(self) -> list[int]:
+        rows = super()._encode()
+        self._control_rows = self._encode_controls()
+        return rows
+
+    def _encode_controls(self) -> list[int]:
         control, data = self.recipe.control, self.recipe.data
-        if control is None or control.images is None:
-            return
+        assert control is not None
+        if control.images is None:
+            return all_rows(control.features)
         if data.vae is None:
             raise ValueError("control.images is given: data.vae is needed as well")
         vae = VAE.from_pretrained(data.vae)
@@ -82,16 +87,8 @@ class ControlledTextToImage(TextToImage):
             control.images, data.sizes(vae.factor * self.recipe.config.patch_size)
         )
         same = data.model_copy(update={"features": control.features, "text_encoder": None})
-        if is_encoded(source, same):
-            return
-        encode_dataset(
-            source,
-            vae,
-            cast(TextEncoder, NoText("control images")),
-            control.features,
-            device=self.device,
-            max_bad_fraction=data.max_bad_fraction,
-        )
+        no_text = cast(TextEncoder, NoText("control images"))
+        return encode_missing(source, vae, lambda: no_text, same, self.device)
 
     def _module(self) -> ControlledPixArt:
         assert self.recipe.control is not None

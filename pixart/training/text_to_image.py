@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
 
@@ -21,10 +23,10 @@ from pixart.conditioning import (
     TextEncoder,
     collate,
     encode_dataset,
-    is_complete,
+    encoded_rows,
 )
 from pixart.config import PixArtConfig
-from pixart.data.sources import ImageFolder, ImageSource
+from pixart.data.sources import IMAGE_SUFFIXES, ImageFolder
 from pixart.diffusion import NoiseSchedule, Objective
 from pixart.files import finish_folder, unfinished_folder, write_atomically
 from pixart.floor import model_flops
@@ -40,49 +42,94 @@ from pixart.training.recipe import Data, TrainRecipe
 SOURCE = "source.json"
 
 
-def encode_images(data: Data, config: PixArtConfig, device: torch.device) -> None:
-    """Encodes ``data.images`` into ``data.features``, where samples are missing.
+def encode_images(data: Data, config: PixArtConfig, device: torch.device) -> list[int]:
+    """Encodes ``data.images`` into ``data.features``, where samples are missing or changed.
 
     All processes must call it: each encodes its share.
+
+    Returns:
+        Rows of the features: of the images, or of all where there are none. In the order of their
+        keys.
     """
     if data.images is None:
-        return
+        return all_rows(data.features)
     if data.vae is None or data.text_encoder is None:
         raise ValueError("data.images is given: data.vae and data.text_encoder are needed as well")
     vae = VAE.from_pretrained(data.vae)
     source = ImageFolder(data.images, data.sizes(vae.factor * config.patch_size))
-    if is_encoded(source, data):
-        return
-    tokens = config.max_caption_tokens
-    encode_dataset(
+    name, tokens = data.text_encoder, config.max_caption_tokens
+    return encode_missing(
         source,
         vae,
-        TextEncoder.from_pretrained(data.text_encoder, max_tokens=tokens, device=device),
-        data.features,
-        device=device,
-        max_bad_fraction=data.max_bad_fraction,
+        lambda: TextEncoder.from_pretrained(name, max_tokens=tokens, device=device),
+        data,
+        device,
     )
 
 
-def is_encoded(source: ImageSource, data: Data) -> bool:
-    """Whether nothing is left to encode. All processes must call it.
+def encode_missing(
+    source: ImageFolder,
+    vae: VAE,
+    text_encoder: Callable[[], TextEncoder],
+    data: Data,
+    device: torch.device,
+) -> list[int]:
+    """Rows of ``data.features`` with the samples of ``source``, in the order of their keys.
 
-    Raises ValueError where the features were made otherwise.
+    What is not there is encoded, with the encoder that ``text_encoder`` loads. All processes must
+    call it.
+
+    Raises ValueError where the features were made otherwise, or the folder has no pictures.
     """
+    if not len(source):
+        raise ValueError(
+            f"{source.folder} holds no pictures. Read are {', '.join(sorted(IMAGE_SUFFIXES))} in "
+            "it and in folders below it, or what a metadata.jsonl or metadata.csv in it lists; "
+            "archives are not: unpack them"
+        )
+    together = all_processes()
 
-    def answer() -> bool:
+    def rows() -> list[int] | None:
         same_source(data)
-        return is_complete(source, data.features, max_bad_fraction=data.max_bad_fraction)
+        return encoded_rows(source, data.features, max_bad_fraction=data.max_bad_fraction)
 
-    return all_processes().first(answer)
+    found = together.first(rows)
+    if found is None:
+        encode_dataset(
+            source,
+            vae,
+            text_encoder(),
+            data.features,
+            device=device,
+            max_bad_fraction=data.max_bad_fraction,
+        )
+        found = together.first(rows)
+    if found is None:
+        raise RuntimeError(
+            f"pictures in {source.folder} were changed while they were encoded; once nothing "
+            "writes to it, run the same command again"
+        )
+    return found
+
+
+def all_rows(folder: Path) -> list[int]:
+    """Of features whose images are not given, in the order of their keys.
+
+    Raises ValueError where some are there in several versions.
+    """
+    keys = FeatureCache(folder).keys()
+    repeated = [key for key, count in Counter(keys).items() if count > 1]
+    if repeated:
+        raise ValueError(
+            f"{folder} holds {len(repeated)} pictures in several versions, as "
+            f"{', '.join(repeated[:3])}: give data.images, which tells which of them are meant, or "
+            "encode that folder into new features"
+        )
+    return sorted(range(len(keys)), key=keys.__getitem__)
 
 
 def same_source(data: Data) -> None:
-    """Records how the features are made; raises ValueError where they were made otherwise.
-
-    The pictures themselves are told apart by name alone: new ones are encoded, changed ones need
-    new features.
-    """
+    """Records how the features are made; raises ValueError where they were made otherwise."""
     file = data.features / SOURCE
     values: dict[str, Any] = {"size": data.size, "text_encoder": data.text_encoder}
     values["vae"] = _digest(data.vae) or data.vae
@@ -121,19 +168,19 @@ class TextToImage:
     def __init__(self, recipe: TrainRecipe, device: torch.device) -> None:
         self.recipe, self.device = recipe, device
         config = recipe.config
-        self._encode()
+        rows = self._encode()
         PartialState().wait_for_everyone()
         self.features = FeatureCache(recipe.data.features)
         self._check_features()
-        self.dataset: Dataset = self.features
-        self.keys = self.features.keys()
-        # shapes of the latents
-        self.buckets = self.features.latent_shapes()
+        if not rows:
+            raise ValueError(f"{recipe.data.features} holds no sample")
+        keys, shapes = self.features.keys(), self.features.latent_shapes()
         if recipe.prior is not None:
-            rows = balanced(self.keys, recipe.prior)
-            self.dataset = Subset(self.features, rows)
-            self.keys = [self.keys[row] for row in rows]
-            self.buckets = [self.buckets[row] for row in rows]
+            rows = [rows[i] for i in balanced([keys[row] for row in rows], recipe.prior)]
+        self.dataset: Dataset = Subset(self.features, rows)
+        self.keys = [keys[row] for row in rows]
+        # shapes of the latents
+        self.buckets = [shapes[row] for row in rows]
         self.module = self._module().to(device)
         self.schedule = NoiseSchedule()
         self.objective = Objective(self.schedule, config.learn_sigma, recipe.min_snr_gamma)
@@ -141,11 +188,12 @@ class TextToImage:
         if self.preview_every:
             self._prepare_preview()
 
-    def _encode(self) -> None:
+    def _encode(self) -> list[int]:
+        """Rows of the features to train on."""
         config = self.recipe.config
         if config.conditioning == "class":
             raise ValueError("model.conditioning: a class model has no captions to train on")
-        encode_images(self.recipe.data, config, self.device)
+        return encode_images(self.recipe.data, config, self.device)
 
     def _module(self) -> nn.Module:
         """What is trained, and what is frozen about it."""
@@ -180,8 +228,6 @@ class TextToImage:
         ]
         if wrong:
             raise ValueError(f"{self.recipe.data.features}: " + "; ".join(wrong))
-        if len(self.features) == 0:
-            raise ValueError(f"{self.recipe.data.features} holds no sample")
 
     def collate(self, samples: list[Any]) -> dict[str, Any]:
         batch = collate(samples)

@@ -9,7 +9,9 @@ also on another number of processes.
 from __future__ import annotations
 
 import copy
+import gzip
 import hashlib
+import json
 import math
 import re
 import resource
@@ -63,6 +65,8 @@ DIVERGED, FIRST_LOSSES = 10, 10
 LOWEST_SCALE = 1e-4
 # seconds in which signals are one wish: torchrun passes on what Slurm or a terminal sent already
 ONE_WISH = 5.0
+# in the run's folder: names and sizes of what it is trained on
+SAMPLES = "samples.jsonl.gz"
 
 
 class Task(Protocol):
@@ -166,11 +170,12 @@ def train(recipe: Run, make_task: Callable[[torch.device], Task]) -> RunFolder:
     data = {"samples": len(task.keys), "digest": _digest(task)}
     if about.get("data", data) != data:
         raise ValueError(
-            f"{recipe.output} was trained on other data: {about['data']['samples']} samples, of "
-            f"which some had other names, sizes or another order than the {len(task.keys)} there "
-            "are now. Bring those back, or give a new output, with model.init to start from what "
-            "was trained"
+            f"{recipe.output} was trained on other data: {_changes(run, task)}. Take away what was "
+            "added and bring back what is lost, or give a new output, with model.init to start "
+            "from what was trained"
         )
+    if accelerator.is_main_process:
+        _list_samples(run, task)
     # weights that were loaded, and not drawn, come in evaluation mode
     task.module.train()
     bare = _without_weights(task.module)
@@ -187,7 +192,8 @@ def train(recipe: Run, make_task: Callable[[torch.device], Task]) -> RunFolder:
     if last is not None:
         start, folder = last
         checkpoints.load(folder)
-        if accelerator.scaler is not None:
+        # fp16 on a CPU had none once
+        if accelerator.scaler is not None and about["scaler"] is not None:
             accelerator.scaler.load_state_dict(about["scaler"])
         accelerator.print(f"resuming {recipe.output} after step {start}")
     if accelerator.is_main_process:
@@ -289,15 +295,15 @@ class _Loop:
         # before the data, whose processes may have been told as well
         if self._told(received):
             return False
+        before = self._sums.copy(), self._weights.copy(), self._flops, self._waited
         count = self.batches // processes.streams
         batches = self._fetch(count)
         sizes = [_samples(batch) for batch in batches]
         (samples,) = processes.total(sum(sizes))
-        before = self._sums.copy(), self._weights.copy()
         for k, (batch, size) in enumerate(zip(batches, sizes, strict=True)):
             # a step may take longer than a launcher waits before it kills
             if k and self._told(received):
-                self._sums, self._weights = before
+                self._sums, self._weights, self._flops, self._waited = before
                 return False
             seed_batch(recipe.seed, ((step - 1) * count + k) * processes.streams + processes.stream)
             # gradients become their mean over the processes
@@ -555,6 +561,36 @@ def _digest(task: Task) -> str:
     for sample in zip(task.keys, task.buckets, strict=True):
         digest.update(repr(sample).encode())
     return digest.hexdigest()
+
+
+def _list_samples(run: RunFolder, task: Task) -> None:
+    """So that a run which is refused for other data can say which."""
+    samples = zip(task.keys, task.buckets, strict=True)
+    text = "".join(f"{json.dumps(sample)}\n" for sample in dict(samples).items())
+    blob = gzip.compress(text.encode(), mtime=0)
+    write_atomically(run.folder / SAMPLES, lambda file: file.write(blob))
+
+
+def _changes(run: RunFolder, task: Task) -> str:
+    """What samples were added to those that the run began with, and what became of others."""
+    path = run.folder / SAMPLES
+    if not path.exists():
+        return "samples of other names, sizes or number, or in another order, than there are now"
+    lines = gzip.decompress(path.read_bytes()).decode().splitlines()
+    before = dict(json.loads(line) for line in lines)
+    # sizes as JSON has them
+    now = json.loads(json.dumps(dict(zip(task.keys, task.buckets, strict=True))))
+    changes = {
+        "added": [key for key in now if key not in before],
+        "lost": [key for key in before if key not in now],
+        "of another size": [key for key in now if key in before and now[key] != before[key]],
+    }
+    said = [
+        f"{len(keys)} {what} ({', '.join(keys[:5])}{', ...' * (len(keys) > 5)})"
+        for what, keys in changes.items()
+        if keys
+    ]
+    return "; ".join(said) or "the same samples in another order, or as many times"
 
 
 def _samples(batch: dict[str, Any]) -> int:

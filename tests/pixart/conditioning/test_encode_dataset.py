@@ -1,6 +1,7 @@
 """encode_dataset with a real text encoder and a tiny VAE: contents, grouping, bad samples."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -17,7 +18,7 @@ from pixart.conditioning import (
     collate,
     encode,
     encode_dataset,
-    is_complete,
+    encoded_rows,
 )
 from pixart.data import BadSample, ImageFolder, ImageSample
 
@@ -61,6 +62,9 @@ class ListSource:
 
     def stamp(self, index):
         return str(isinstance(self.items[index], Exception))
+
+    def fingerprint(self, index):
+        return f"of {self.keys[index]}"
 
 
 def good(number, height=8, width=8):
@@ -160,7 +164,7 @@ def test_buckets_are_counted(tmp_path, vae, text_encoder):
     encode_dataset(
         ListSource(items), vae, text_encoder, tmp_path, max_bad_fraction=0.5, progress=False
     )
-    table = bucket_table(FeatureCache(tmp_path), vae.factor)
+    table = bucket_table(FeatureCache(tmp_path), range(5), vae.factor)
     rows = list(zip(*(column.cells for column in table.columns), strict=True))
     assert rows == [
         ("16 x 4", "3", "60.0%", "1"),
@@ -203,24 +207,122 @@ def test_bad_samples_are_skipped_listed_and_tried_again(tmp_path, vae, text_enco
 
 def test_bad_samples_are_left_alone_until_they_change(tmp_path, vae, text_encoder):
     items = [bad(n) if n in (3, 30) else good(n) for n in range(40)]
-    assert not is_complete(ListSource(items), tmp_path)
+    assert encoded_rows(ListSource(items), tmp_path) is None
     encode_dataset(ListSource(items), vae, text_encoder, tmp_path, progress=False)
-    assert is_complete(ListSource(items), tmp_path)
+    assert encoded_rows(ListSource(items), tmp_path) == list(range(38))
     # fewer are accepted now, one was repaired, one is new, nobody knows of them any more
-    assert not is_complete(ListSource(items), tmp_path, max_bad_fraction=0.04)
-    assert not is_complete(ListSource([*items[:30], good(30), *items[31:]]), tmp_path)
-    assert not is_complete(ListSource([*items, good(40)]), tmp_path)
+    assert encoded_rows(ListSource(items), tmp_path, max_bad_fraction=0.04) is None
+    assert encoded_rows(ListSource([*items[:30], good(30), *items[31:]]), tmp_path) is None
+    assert encoded_rows(ListSource([*items, good(40)]), tmp_path) is None
     # as a killed run leaves it, and as one that kept no stamps did
     rows = (tmp_path / "skipped.jsonl").read_text()
     (tmp_path / "skipped.jsonl").write_text(rows[:-9])
-    assert not is_complete(ListSource(items), tmp_path)
+    assert encoded_rows(ListSource(items), tmp_path) is None
     (tmp_path / "skipped.jsonl").write_text(rows.replace("stamp", "other"))
-    assert not is_complete(ListSource(items), tmp_path)
+    assert encoded_rows(ListSource(items), tmp_path) is None
     (tmp_path / "skipped.jsonl").unlink()
-    assert not is_complete(ListSource(items), tmp_path)
+    assert encoded_rows(ListSource(items), tmp_path) is None
 
 
-def test_too_many_bad_samples_stop_the_run(tmp_path, vae, text_encoder):
+def pictures(folder, captions, color="red"):
+    """0.bmp and so on: of one size, whatever is on them."""
+    folder.mkdir(exist_ok=True)
+    for number, caption in enumerate(captions):
+        Image.new("RGB", (8, 8), color).save(folder / f"{number}.bmp")
+        (folder / f"{number}.txt").write_text(caption)
+    return ImageFolder(folder)
+
+
+def seen(source, folder):
+    """Key, caption and mean of what a run on `source` is shown."""
+    cache, rows = FeatureCache(folder), encoded_rows(source, folder)
+    items = [cache[row] for row in rows]
+    return [(item["key"], item["text"], item["latent_mean"].mean().item()) for item in items]
+
+
+def test_a_changed_sample_is_encoded_once_more(tmp_path, vae, text_encoder):
+    arguments = (vae, text_encoder, tmp_path / "cache")
+    cats = pictures(tmp_path / "cats", ["a cat"] * 4)
+    encode_dataset(cats, *arguments, progress=False)
+    of_cats = seen(cats, tmp_path / "cache")
+    assert [row[:2] for row in of_cats] == [(f"{i}.bmp", "a cat") for i in range(4)]
+
+    # equal names and sizes, and a picture fewer
+    dogs = pictures(tmp_path / "dogs", ["a dog"] * 3, "blue")
+    assert encoded_rows(dogs, tmp_path / "cache") is None
+    report = encode_dataset(dogs, *arguments, progress=False)
+    assert (report.encoded, report.already_present) == (3, 0)
+    of_dogs = seen(dogs, tmp_path / "cache")
+    assert [row[:2] for row in of_dogs] == [(f"{i}.bmp", "a dog") for i in range(3)]
+    assert of_dogs[0][2] != of_cats[0][2]
+    assert seen(cats, tmp_path / "cache") == of_cats
+
+    (tmp_path / "cats" / "1.txt").write_text("a fat cat")
+    Image.new("RGB", (8, 8), "green").save(tmp_path / "cats" / "2.bmp")
+    (tmp_path / "cats" / "3.bmp").unlink()
+    cats = ImageFolder(tmp_path / "cats")
+    report = encode_dataset(cats, *arguments, progress=False)
+    assert (report.encoded, report.already_present) == (2, 1)
+    (zero, one, two) = seen(cats, tmp_path / "cache")
+    assert zero == of_cats[0] and one[1:] == ("a fat cat", of_cats[1][2])
+    assert two[:2] == of_cats[2][:2] and two[2] != of_cats[2][2]
+
+
+def test_a_copy_is_the_same_and_read_once(tmp_path, vae, text_encoder, monkeypatch):
+    source = pictures(tmp_path / "a", ["one", "two", "three"])
+    encode_dataset(source, vae, text_encoder, tmp_path / "cache", progress=False)
+    read = []
+    real = ImageFolder.fingerprint
+    monkeypatch.setattr(ImageFolder, "fingerprint", lambda self, i: read.append(i) or real(self, i))
+    assert encoded_rows(source, tmp_path / "cache") == [0, 1, 2] and read == []
+    shutil.copytree(tmp_path / "a", tmp_path / "b")
+    copy = ImageFolder(tmp_path / "b")
+    for _ in range(2):
+        assert encoded_rows(copy, tmp_path / "cache") == [0, 1, 2] and sorted(read) == [0, 1, 2]
+    # what was remembered is only where to look: a change is seen, and damage does not matter
+    (tmp_path / "b" / "1.txt").write_text("other")
+    assert encoded_rows(copy, tmp_path / "cache") is None
+    (tmp_path / "b" / "1.txt").write_text("two")
+    (tmp_path / "cache" / "stamps.json").write_text("{")
+    assert encoded_rows(copy, tmp_path / "cache") == [0, 1, 2]
+
+
+def test_the_order_of_samples_is_that_of_their_keys(tmp_path, vae, text_encoder):
+    """Which they have in no cache that was interrupted, repaired or added to."""
+    items = [good(n, *((8, 8) if n % 3 else (4, 16))) for n in range(23)]
+    source = ListSource(items[::-1])
+    arguments = (vae, text_encoder, tmp_path)
+    for part in (source, ListSource(items[5:9]), source):
+        encode_dataset(part, *arguments, samples_per_shard=4, batch_size=4, progress=False)
+        (tmp_path / "shard-000001.safetensors").unlink(missing_ok=True)
+    encode_dataset(source, *arguments, samples_per_shard=3, batch_size=2, progress=False)
+    keys = FeatureCache(tmp_path).keys()
+    rows = encoded_rows(source, tmp_path)
+    assert [keys[row] for row in rows] == [f"{n:03d}" for n in range(23)]
+    assert rows != sorted(rows) and keys != source.keys
+
+
+def test_a_cache_without_fingerprints_is_taken_by_its_names(tmp_path, vae, text_encoder):
+    class Old(ListSource):
+        def stamp(self, index):
+            return None
+
+        fingerprint = stamp
+
+    encode_dataset(Old([good(n) for n in (2, 0)]), vae, text_encoder, tmp_path, progress=False)
+    assert encoded_rows(ListSource([good(0), good(2)]), tmp_path) == [1, 0]
+
+
+def test_all_bad_samples_of_a_small_folder_are_listed(tmp_path, vae, text_encoder):
+    items = [bad(n) if n % 2 else good(n) for n in range(8)]
+    with pytest.raises(TooManyBadSamplesError, match="4 of 8 samples failed"):
+        encode_dataset(ListSource(items), vae, text_encoder, tmp_path, progress=False)
+    assert [row["key"] for row in skipped_rows(tmp_path)] == ["001", "003", "005", "007"]
+    assert len(FeatureCache(tmp_path)) == 4
+
+
+def test_too_many_bad_samples_stop_the_run(tmp_path, vae, text_encoder, monkeypatch):
+    monkeypatch.setattr(encode, "_LISTED", 3)
     # 2 of 40 are the tolerated 5 %, the third is not
     items = [bad(n) if n in (10, 20, 30) else good(n) for n in range(40)]
     arguments = {"batch_size": 2, "samples_per_shard": 4, "progress": False}

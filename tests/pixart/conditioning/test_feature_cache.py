@@ -52,7 +52,7 @@ def make_sample(number, latent=(LATENT_CHANNELS, 2, 3), tokens=None):
 def write_samples(folder, samples, metadata=METADATA, samples_per_shard=4):
     with CacheWriter(folder, metadata, NULL, 2, samples_per_shard=samples_per_shard) as writer:
         for sample in samples:
-            if sample["key"] not in writer.keys:
+            if sample["key"] not in writer.samples:
                 writer.add(**sample)
     return FeatureCache(folder)
 
@@ -106,6 +106,9 @@ class Source:
 
     def stamp(self, index):
         return "as ever"
+
+    def fingerprint(self, index):
+        return f"of {index}"
 
 
 def encode_stand_ins(folder, log, count=7):
@@ -193,7 +196,7 @@ def test_reopening_knows_what_is_there(tmp_path):
     samples = [make_sample(n) for n in range(6)]
     write_samples(tmp_path, samples[:5], samples_per_shard=2)
     with CacheWriter(tmp_path, METADATA, NULL, 2) as writer:
-        assert writer.keys == {sample["key"] for sample in samples[:5]}
+        assert writer.samples == {sample["key"]: {None: None} for sample in samples[:5]}
         with pytest.raises(ValueError, match=r"key='images/0.png' is already in"):
             writer.add(**samples[0])
         writer.add(**samples[5])

@@ -1,6 +1,7 @@
 """ImageFolder: both layouts, preparation of pixels, and every kind of bad sample."""
 
 import json
+import os
 import re
 import struct
 import zlib
@@ -71,14 +72,70 @@ def test_a_stamp_changes_with_what_a_sample_is_made_of(tmp_path):
     (tmp_path / "x.png").unlink()
     stamps.append(source.stamp(0))
     assert stamps[0] == stamps[1] and len(set(stamps)) == 5
-    # the caption of any other may have been mended as well
+    # in one file for all of them, a caption is changed alone
     rows = [{"file_name": "no\0name", "text": "x"}, {"file_name": "y.png"}]
-    (tmp_path / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    before = stamps_of(tmp_path, rows)
+    rows[1]["text"] = "mended"
+    after = stamps_of(tmp_path, rows)
+    assert before[0] == after[0] and before[1] != after[1]
+
+
+def stamps_of(folder, rows):
+    (folder / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    return [ImageFolder(folder).stamp(i) for i in range(len(rows))]
+
+
+def test_a_stamp_is_another_where_size_and_date_are_equal(tmp_path):
+    """As in archives that give all files one date."""
+    save_image(tmp_path / "x.bmp")
+    date = (tmp_path / "x.bmp").stat()
     source = ImageFolder(tmp_path)
-    before = [source.stamp(0), source.stamp(1)]
-    with (tmp_path / "metadata.jsonl").open("a") as file:
-        file.write("\n")
-    assert all(source.stamp(i) != before[i] for i in range(2))
+    before = source.stamp(0)
+    save_image(tmp_path / "x.bmp", color=(0, 0, 9))
+    os.utime(tmp_path / "x.bmp", ns=(date.st_atime_ns, date.st_mtime_ns))
+    assert (tmp_path / "x.bmp").stat().st_size == date.st_size
+    assert source.stamp(0) != before
+
+
+def test_a_fingerprint_is_of_the_content_wherever_it_lies(tmp_path):
+    def fingerprint(folder, color=(255, 0, 0), caption="a caption"):
+        save_image(tmp_path / folder / "x.png", color=color)
+        (tmp_path / folder / "x.txt").write_text(caption)
+        return ImageFolder(tmp_path / folder).fingerprint(0)
+
+    first = fingerprint("a")
+    assert first == fingerprint("b") == fingerprint("c", caption=" a caption\n")
+    assert len({first, fingerprint("a", (255, 0, 1)), fingerprint("b", caption="another")}) == 3
+    row = {"file_name": "x.png", "text": "a caption"}
+    (tmp_path / "c" / "metadata.jsonl").write_text(json.dumps(row))
+    assert ImageFolder(tmp_path / "c").fingerprint(0) == first
+
+
+@pytest.mark.parametrize("name", ["nothing.png", "no\0name", "/dev/zero", "sub"])
+def test_what_cannot_be_read_has_no_fingerprint(tmp_path, name):
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "metadata.jsonl").write_text(json.dumps({"file_name": name, "text": "x"}))
+    assert ImageFolder(tmp_path).fingerprint(0) == ""
+
+
+def test_a_csv_with_the_same_columns_is_read_as_well(tmp_path):
+    save_image(tmp_path / "a.png")
+    text = '\ufefffile_name,text\r\na.png,"first, and\r\nsecond line"\r\n,lost\r\nb.png\r\n'
+    (tmp_path / "metadata.csv").write_bytes(text.encode())
+    folder = ImageFolder(tmp_path)
+    assert list(folder.keys) == ["a.png", "metadata.csv:4", "b.png"]
+    assert folder[0].caption == "first, and\r\nsecond line"
+    with pytest.raises(BadSample, match='no "file_name"'):
+        folder[1]
+    with pytest.raises(BadSample, match='no "text" or "caption" string in metadata.csv:5'):
+        folder[2]
+
+
+@pytest.mark.parametrize("name", ["metadata.jsonl", "metadata.csv"])
+def test_a_list_that_is_not_utf8_is_named_with_its_line(tmp_path, name):
+    (tmp_path / name).write_bytes("\nfile_name,text\nx.png,caf\xe9\n".encode("latin-1"))
+    with pytest.raises(ValueError, match=rf"{name}: line 3 is not UTF-8; save it as UTF-8"):
+        ImageFolder(tmp_path)
 
 
 def test_values_span_minus_one_to_one(tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,7 @@ from small_runs import log, run, train_apart
 from small_vae import small_vae
 
 from pixart.cli import encode
-from pixart.conditioning import FeatureCache, TextEncoder
+from pixart.conditioning import CorruptCacheError, FeatureCache, TextEncoder
 from pixart.generation import PixArtPipeline
 from pixart.training import TrainRecipe, train
 from pixart.training.recipe import check_recipe
@@ -173,6 +174,61 @@ def test_processes_share_the_encoding_and_what_is_bad_is_tried_once(
     (images / "broken.png").write_bytes(b"no image either")
     with pytest.raises(pytest.fail.Exception, match="encodes"):
         TextToImage(of("together"), torch.device("cpu"))
+
+
+def test_features_of_two_folders_are_told_apart(folder: Path, tmp_path: Path) -> None:
+    def task(name: str, **changes: object) -> TextToImage:
+        data = recipe(folder, "x").data.model_dump(mode="json")
+        data |= {"images": str(tmp_path / name), "features": str(tmp_path / "features")}
+        return TextToImage(
+            recipe(folder, "x", data=data | changes, samples={}), torch.device("cpu")
+        )
+
+    for name, count in (("cats", 5), ("dogs", 3)):
+        (tmp_path / name).mkdir()
+        for i in range(count):
+            Image.new("RGB", (16, 16)).save(tmp_path / name / f"{i}.bmp")
+            (tmp_path / name / f"{i}.txt").write_text(name)
+        made = task(name)
+        assert made.keys == [f"{i}.bmp" for i in range(count)] and len(made.buckets) == count
+        assert [made.dataset[i]["text"] for i in range(count)] == [name] * count
+    assert task("cats").dataset[2]["text"] == "cats"
+    with pytest.raises(ValueError, match=r"3 pictures in several versions, as 0.bmp.*data\.images"):
+        task("cats", images=None)
+
+
+@pytest.mark.parametrize("file", ["shard-000000.safetensors", "null-caption.safetensors"])
+def test_what_is_damaged_comes_back_as_its_message_says(
+    folder: Path, tmp_path: Path, file: str
+) -> None:
+    shutil.copytree(folder / "images", tmp_path / "images")
+    data = recipe(folder, "x").data.model_dump(mode="json")
+    data |= {"images": str(tmp_path / "images"), "features": str(tmp_path / "features")}
+    (tmp_path / "x.yaml").write_text(recipe(folder, "x", data=data, samples={}).model_dump_json())
+    encode(str(tmp_path / "x.yaml"))
+    path = tmp_path / "features" / file
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-1])
+    with pytest.raises(CorruptCacheError, match=f"{file} is damaged.*Delete it and rerun"):
+        encode(str(tmp_path / "x.yaml"))
+    path.unlink()
+    # without the pictures there is nothing to make it from
+    with pytest.raises(CorruptCacheError, match=f"{file} is missing.*with data.images"):
+        alone = recipe(folder, "x", data=data | {"images": None}, samples={})
+        TextToImage(alone, torch.device("cpu")).dataset[0]
+    encode(str(tmp_path / "x.yaml"))
+    assert path.read_bytes() == whole
+
+
+@pytest.mark.parametrize("content", [None, "00000.tar"], ids=["empty", "archives"])
+def test_a_folder_without_pictures_is_named(
+    folder: Path, tmp_path: Path, content: str | None
+) -> None:
+    if content is not None:
+        (tmp_path / content).write_bytes(b"x")
+    data = recipe(folder, "x").data.model_dump(mode="json") | {"images": str(tmp_path)}
+    with pytest.raises(ValueError, match=rf"{tmp_path} holds no pictures. Read are .*unpack them"):
+        TextToImage(recipe(folder, "x", data=data), torch.device("cpu"))
 
 
 def test_latents_are_sampled(folder: Path) -> None:
