@@ -163,6 +163,23 @@ def conditioning(file: Path) -> str:
     return table(["", *names.values()], lines, caption)
 
 
+def optimizer(file: Path) -> str:
+    """A step of CAME by backend, beside came-pytorch's and AdamW's."""
+    rows = read(file)
+    baseline, *others = rows[0]["timings"]
+    lines = []
+    for row in rows:
+        what = f"width {row['width']}, {row['depth']} blocks, {row['parameters'] / 1e6:.1f} million"
+        times = {name: f"{timing['median']:.3g} ms" for name, timing in row["timings"].items()}
+        cells = [against(row["speedups"][name], times[name], 1) for name in others]
+        lines.append([what, times[baseline], *cells])
+    caption = (
+        f"A step on the parameters of a PixArt; times as fast as {baseline}, {TURNS}. Results "
+        f"compared first. {rows[0]['device']}, {source(file, rows)}"
+    )
+    return table(["", baseline, *others], lines, caption)
+
+
 def generation_memory(file: Path) -> str:
     """Gigabytes at the peak of each part of drawing, by size and memory mode."""
     rows = read(file)

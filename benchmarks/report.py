@@ -17,6 +17,7 @@ from benchmarks.model_tables import (
     generation_memory,
     memory,
     model,
+    optimizer,
     quickstart,
     transitions,
 )
@@ -31,7 +32,10 @@ from benchmarks.op_tables import (
 
 PAGES = (
     "README.md",
-    *(f"docs/{name}.md" for name in ("benchmarks", "floor", "generation", "memory", "stages")),
+    *(
+        f"docs/{name}.md"
+        for name in ("benchmarks", "floor", "generation", "memory", "stages", "training")
+    ),
 )
 Table = Callable[[Path], str]
 # marker in a page -> the file of benchmarks/results/cpu that its text is made of
@@ -49,6 +53,7 @@ CPU: dict[str, tuple[str, Table]] = {
     "generation-memory": ("generation_memory", generation_memory),
     "memory": ("memory", memory),
     "model": ("model", model),
+    "optimizer": ("optimizer", optimizer),
     "quickstart": ("quickstart", quickstart),
     "transitions": ("transitions", transitions),
 }
@@ -72,6 +77,7 @@ def gpu(results: Path) -> str:
             (folder / "model.jsonl", model),
             (folder / "conditioning.jsonl", conditioning),
             (folder / "generation.jsonl", generation),
+            (folder / "optimizer.jsonl", optimizer),
             (folder / "cross_attention.jsonl", cross_attention_table),
         ]
     tables = [text(file) for file, text in found if measured(read(file))]
