@@ -16,7 +16,8 @@ def add_lora(model: PixArt, settings: Lora) -> None:
 
     Raises:
         ModuleNotFoundError: peft is not installed.
-        ValueError: no layer is named so, or what is has no adapter.
+        ValueError: no layer is named so, or what is has no adapter; or DoRA is asked for on a
+            layer with rows of zeros, as fresh models have them, whose direction is 0 / 0.
     """
     try:
         from peft import LoraConfig, inject_adapter_in_model
@@ -37,6 +38,12 @@ def add_lora(model: PixArt, settings: Lora) -> None:
         inject_adapter_in_model(config, model)
     except ValueError as error:
         raise ValueError(f"lora.layers: {error}") from error
-    for parameter in model.parameters():
+    for name, parameter in model.named_parameters():
+        layer, _, magnitude = name.partition(".lora_magnitude_vector")
+        if magnitude and not parameter.is_meta and not parameter.all():
+            raise ValueError(
+                f"lora.dora: {layer} has rows of zeros, which have no direction. Begin with a "
+                "trained model (model.init), or leave dora out"
+            )
         if not parameter.requires_grad:
             parameter.data = parameter.data.to(dtype)

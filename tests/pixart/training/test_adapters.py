@@ -136,6 +136,11 @@ def test_recomputing_changes_nothing(folder: Path, recompute: object) -> None:
         torch.testing.assert_close(less, plain, atol=1e-6, rtol=1e-4)
 
 
+def test_dora_of_a_fresh_model_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"lora.dora: blocks.0.*zeros.*model.init"):
+        add_lora(PixArt(PixArtConfig(**MODEL)), Lora(dora=True))
+
+
 @pytest.mark.parametrize("dora", [False, True], ids=["lora", "dora"])
 def test_fresh_adapters_change_nothing_but_the_type(folder: Path, dora: bool) -> None:
     base = PixArt.from_pretrained(folder / "base").bfloat16()

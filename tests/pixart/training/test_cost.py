@@ -56,7 +56,10 @@ def recipe(**changes: object) -> TrainRecipe:
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model to begin with, and samples of 256 tokens that are their own control images."""
     folder = tmp_path_factory.mktemp("cost")
-    PixArt(PixArtConfig(**SMALL)).save_pretrained(folder / "init")
+    model = PixArt(PixArtConfig(**SMALL))
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.02)  # DoRA's layers must not be zero
+    model.save_pretrained(folder / "init")
     metadata = CacheMetadata("text", "vae", "float16", 20, 64, 4)
     with CacheWriter(folder / "features", metadata, torch.randn(20, 64), 1) as writer:
         for i in range(BATCH):
