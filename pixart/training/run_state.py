@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import platform
 import re
@@ -9,6 +10,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+from collections.abc import Hashable, Mapping
 from contextlib import suppress
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
@@ -32,6 +34,9 @@ FOLDERS = frozenset(
     ("images", "data.images", "data.features", "data.vae", "control.images", "control.features")
 )
 
+# names and sizes of what a run is trained on
+SAMPLES = "samples.jsonl.gz"
+
 PACKAGES = (
     "pixart-kernels", "torch", "triton", "accelerate", "diffusers", "transformers", "safetensors",
     "numpy", "peft", "bitsandbytes",
@@ -39,8 +44,8 @@ PACKAGES = (
 
 
 class RunFolder:
-    """``recipe.yaml``, ``starts.jsonl``, ``log.jsonl``, ``checkpoints/step-*``, ``samples/``, and
-    the export."""
+    """``recipe.yaml``, ``starts.jsonl``, ``log.jsonl``, ``samples.jsonl.gz``,
+    ``checkpoints/step-*``, ``samples/``, and the export."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -92,6 +97,35 @@ class RunFolder:
         }
         file = self.folder / "starts.jsonl"
         _write_rows(file, [*read_rows(file), start])
+
+    def record_samples(self, samples: Mapping[str, Hashable]) -> None:
+        """Each sample's size by its name, so that :meth:`changes` can say what became of it."""
+        text = "".join(f"{json.dumps(sample)}\n" for sample in samples.items())
+        blob = gzip.compress(text.encode(), mtime=0)
+        write_atomically(self.folder / SAMPLES, lambda file: file.write(blob))
+
+    def changes(self, samples: Mapping[str, Hashable]) -> str:
+        """In words: what was added to the samples that were recorded, and what was lost."""
+        path = self.folder / SAMPLES
+        if not path.exists():
+            return (
+                "samples of other names, sizes or number, or in another order, than there are now"
+            )
+        lines = gzip.decompress(path.read_bytes()).decode().splitlines()
+        before = dict(json.loads(line) for line in lines)
+        # sizes as JSON has them
+        now = json.loads(json.dumps(dict(samples)))
+        changes = {
+            "added": [key for key in now if key not in before],
+            "lost": [key for key in before if key not in now],
+            "of another size": [key for key in now if key in before and now[key] != before[key]],
+        }
+        said = [
+            f"{len(keys)} {what} ({', '.join(keys[:5])}{', ...' * (len(keys) > 5)})"
+            for what, keys in changes.items()
+            if keys
+        ]
+        return "; ".join(said) or "the same samples in another order, or as many times"
 
     def last_checkpoint(self) -> tuple[int, Path] | None:
         found = self._complete()

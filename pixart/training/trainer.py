@@ -9,9 +9,7 @@ also on another number of processes.
 from __future__ import annotations
 
 import copy
-import gzip
 import hashlib
-import json
 import math
 import re
 import resource
@@ -65,8 +63,6 @@ DIVERGED, FIRST_LOSSES = 10, 10
 LOWEST_SCALE = 1e-4
 # seconds in which signals are one wish: torchrun passes on what Slurm or a terminal sent already
 ONE_WISH = 5.0
-# in the run's folder: names and sizes of what it is trained on
-SAMPLES = "samples.jsonl.gz"
 
 
 class Task(Protocol):
@@ -168,14 +164,15 @@ def train(recipe: Run, make_task: Callable[[torch.device], Task]) -> RunFolder:
     set_seed(recipe.seed)
     task = make_task(accelerator.device)
     data = {"samples": len(task.keys), "digest": _digest(task)}
+    samples = dict(zip(task.keys, task.buckets, strict=True))
     if about.get("data", data) != data:
         raise ValueError(
-            f"{recipe.output} was trained on other data: {_changes(run, task)}. Take away what was "
-            "added and bring back what is lost, or give a new output, with model.init to start "
+            f"{recipe.output} was trained on other data: {run.changes(samples)}. Take away what "
+            "was added and bring back what is lost, or give a new output, with model.init to start "
             "from what was trained"
         )
     if accelerator.is_main_process:
-        _list_samples(run, task)
+        run.record_samples(samples)
     # weights that were loaded, and not drawn, come in evaluation mode
     task.module.train()
     bare = _without_weights(task.module)
@@ -561,36 +558,6 @@ def _digest(task: Task) -> str:
     for sample in zip(task.keys, task.buckets, strict=True):
         digest.update(repr(sample).encode())
     return digest.hexdigest()
-
-
-def _list_samples(run: RunFolder, task: Task) -> None:
-    """So that a run which is refused for other data can say which."""
-    samples = zip(task.keys, task.buckets, strict=True)
-    text = "".join(f"{json.dumps(sample)}\n" for sample in dict(samples).items())
-    blob = gzip.compress(text.encode(), mtime=0)
-    write_atomically(run.folder / SAMPLES, lambda file: file.write(blob))
-
-
-def _changes(run: RunFolder, task: Task) -> str:
-    """What samples were added to those that the run began with, and what became of others."""
-    path = run.folder / SAMPLES
-    if not path.exists():
-        return "samples of other names, sizes or number, or in another order, than there are now"
-    lines = gzip.decompress(path.read_bytes()).decode().splitlines()
-    before = dict(json.loads(line) for line in lines)
-    # sizes as JSON has them
-    now = json.loads(json.dumps(dict(zip(task.keys, task.buckets, strict=True))))
-    changes = {
-        "added": [key for key in now if key not in before],
-        "lost": [key for key in before if key not in now],
-        "of another size": [key for key in now if key in before and now[key] != before[key]],
-    }
-    said = [
-        f"{len(keys)} {what} ({', '.join(keys[:5])}{', ...' * (len(keys) > 5)})"
-        for what, keys in changes.items()
-        if keys
-    ]
-    return "; ".join(said) or "the same samples in another order, or as many times"
 
 
 def _samples(batch: dict[str, Any]) -> int:
