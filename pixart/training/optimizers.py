@@ -14,8 +14,10 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor import zeros as sharded_zeros
 
 import pixart_kernels as pk
+from pixart.training.distributed import local
 from pixart.training.recipe import Optimizer
 
+_SETTINGS = ("lr", "betas", "eps", "clip_threshold", "weight_decay")
 # what CAME keeps of a parameter: of one dimension or none, and of more
 _AVERAGES = (
     ("exp_avg", "exp_avg_sq"),
@@ -123,34 +125,36 @@ class CAME(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         for group in self.param_groups:
-            alike: dict[Any, list[Tensor]] = {}
+            settings = {name: group[name] for name in _SETTINGS}
+            # parameters and gradients
+            alike: dict[Any, tuple[list[Tensor], list[Tensor]]] = {}
             for p in group["params"]:
                 if p.grad is not None:
                     layout = (p.device_mesh, p.placements) if isinstance(p, DTensor) else None
                     key = p.shape, p.dtype, p.grad.dtype, p.device, layout
-                    alike.setdefault(key, []).append(p)
-            for (shape, *_), params in alike.items():
-                self._update(params, shape, group)
+                    params, gradients = alike.setdefault(key, ([], []))
+                    params.append(p)
+                    gradients.append(p.grad)
+            for params, gradients in alike.values():
+                self._update(params, gradients, settings)
         return loss
 
-    def _update(self, params: list[Tensor], shape: torch.Size, group: dict[str, Any]) -> None:
+    def _update(
+        self, params: list[Tensor], gradients: list[Tensor], settings: dict[str, Any]
+    ) -> None:
         """One step of ``params``, which share shape, precision, device and layout."""
-        shards = _shards(params[0])
+        shape, shards = params[0].shape, _shards(params[0])
         for p in params:
             if not self.state[p]:
                 self.state[p] = _fresh_state(p)
         states = [self.state[p] for p in params]
         pk.came_step(
-            [_local(p) for p in params],
-            [_local(p.grad) for p in params],  # type: ignore[arg-type]
-            {name: [_local(s[name]) for s in states] for name in _AVERAGES[len(shape) > 1]},
-            lr=group["lr"],
-            betas=group["betas"],
-            eps=group["eps"],
-            clip_threshold=group["clip_threshold"],
-            weight_decay=group["weight_decay"],
+            [local(p) for p in params],
+            [local(gradient) for gradient in gradients],
+            {name: [local(s[name]) for s in states] for name in _AVERAGES[len(shape) > 1]},
             shape=shape,
             reduce=None if shards is None else partial(dist.all_reduce, group=shards),
+            **settings,
         )
 
 
@@ -185,7 +189,3 @@ def _shards(p: Tensor) -> dist.ProcessGroup | None:
             "replicated, or Shard(0) over one dimension of its mesh"
         )
     return p.device_mesh.get_group(cut[0])
-
-
-def _local(x: Tensor) -> Tensor:
-    return x.to_local() if isinstance(x, DTensor) else x

@@ -7,13 +7,13 @@ Results do not depend on the number of threads, nor on the other weights of a ca
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from pixart_kernels import _extension
-from pixart_kernels.came.reference import State
+from pixart_kernels.came.reference import Settings, State
 
 if _extension.problem is None:
     # overloads, resolved once
@@ -37,24 +37,14 @@ def why_not(x: Tensor, *, contiguous: bool = True, sharded: bool = False) -> str
 
 
 def came_step(
-    weights: list[Tensor],
-    gradients: list[Tensor],
-    state: State,
-    *,
-    lr: float,
-    betas: Sequence[float],
-    eps: Sequence[float],
-    clip_threshold: float,
-    weight_decay: float,
-    shape: torch.Size | None = None,
-    reduce: None = None,
+    weights: list[Tensor], gradients: list[Tensor], state: State, **settings: Any
 ) -> None:
+    lr, betas, eps, *others = Settings(**settings)[:5]
     gradients = [g.contiguous() for g in gradients]
     moments = state["exp_avg"]
     if len(state) == 2:
-        settings = lr, *betas[:2], eps[0], clip_threshold, weight_decay
-        _vectors(weights, gradients, moments, state["exp_avg_sq"], *settings)
+        numbers = lr, *betas[:2], eps[0], *others
+        _vectors(weights, gradients, moments, state["exp_avg_sq"], *numbers)
     else:
         factors = (state[f"exp_avg_{name}"] for name in ("sq_row", "sq_col", "res_row", "res_col"))
-        settings = lr, *betas, *eps, clip_threshold, weight_decay
-        _matrices(weights, gradients, moments, *factors, *settings)
+        _matrices(weights, gradients, moments, *factors, lr, *betas, *eps, *others)

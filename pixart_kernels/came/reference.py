@@ -7,13 +7,26 @@ what lies between, on rows and columns, is :func:`step`.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 State = dict[str, list[Tensor]]
 Reduce = Callable[[Tensor], object]
+
+
+class Settings(NamedTuple):
+    """The numbers of a step, and of what whole weights are shards: see ``came_step``."""
+
+    lr: float
+    betas: Sequence[float]
+    eps: Sequence[float]
+    clip_threshold: float
+    weight_decay: float
+    shape: torch.Size | None = None
+    reduce: Reduce | None = None
+
 
 # elements updated together: on a CPU what its cache holds (width 288 took 1.3 times as long with
 # 2^20 as with 2^18, and 2.2 times with 2^22); on a GPU scratch of 256 MiB for each of two tensors,
@@ -61,16 +74,10 @@ def step(
     weights: list[Tensor],
     gradients: list[Tensor],
     state: State,
-    *,
-    lr: float,
-    betas: Sequence[float],
-    eps: Sequence[float],
-    clip_threshold: float,
-    weight_decay: float,
-    shape: torch.Size | None,
-    reduce: Reduce | None,
+    settings: Settings,
 ) -> None:
     """A step whose passes are made by ``passes``, of matrices and of vectors."""
+    lr, betas, eps, clip_threshold, weight_decay, shape, reduce = settings
     shape = weights[0].shape if shape is None else shape
 
     def total(x: Tensor) -> Tensor:
@@ -179,22 +186,12 @@ def came_step(
     shape: torch.Size | None = None,
     reduce: Reduce | None = None,
 ) -> None:
+    settings = Settings(lr, betas, eps, clip_threshold, weight_decay, shape, reduce)
     together = TOGETHER.get(weights[0].device.type, TOGETHER["cuda"])
     # by whole weights: all shards must reduce the same ones together
     whole = weights[0].shape if shape is None else shape
     count = max(1, together // max(1, whole.numel()))
     for start in range(0, len(weights), count):
         part = slice(start, start + count)
-        step(
-            (_Matrices, _Vectors),
-            weights[part],
-            gradients[part],
-            {name: averages[part] for name, averages in state.items()},
-            lr=lr,
-            betas=betas,
-            eps=eps,
-            clip_threshold=clip_threshold,
-            weight_decay=weight_decay,
-            shape=shape,
-            reduce=reduce,
-        )
+        averages = {name: tensors[part] for name, tensors in state.items()}
+        step((_Matrices, _Vectors), weights[part], gradients[part], averages, settings)

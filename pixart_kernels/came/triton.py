@@ -10,7 +10,7 @@ Formulas: README.md. Names in kernels: ``pixart_kernels/adaln/triton.py``.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from typing import Any
 
 import torch
 import triton
@@ -18,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from pixart_kernels import _triton
-from pixart_kernels.came.reference import Reduce, State, step
+from pixart_kernels.came.reference import Settings, State, step
 
 # Not measured. A thread holds 32 elements of a tile, 4 and 4 of a row in fp32, and nothing spills.
 TILE, MAX_COLUMNS, NUM_WARPS = 4096, 128, 4
@@ -34,6 +34,12 @@ def _at(table, i_weight, TYPE: tl.constexpr, ALIGNED: tl.constexpr):
     if ALIGNED:
         p_weight = tl.multiple_of(p_weight, 16)
     return p_weight
+
+
+@triton.jit
+def _load(table, i_weight, o_x, m_x, TYPE: tl.constexpr, ALIGNED: tl.constexpr):
+    """Elements o_x in fp32, zeros where masked."""
+    return tl.load(_at(table, i_weight, TYPE, ALIGNED) + o_x, mask=m_x, other=0.0).to(tl.float32)
 
 
 @triton.jit
@@ -75,8 +81,7 @@ def _squares_kernel(
     """Sums of g^2."""
     i_matrix, i_row, i_column, o_r, o_d, o_x, m_r, m_d = _tile(count, R, C, ROWS, COLUMNS)
     m_x = m_r[:, None] & m_d
-    p_gradient = _at(gradients, i_matrix // count, GRADIENT, ALIGNED)
-    b_gradient = tl.load(p_gradient + o_x, mask=m_x, other=0.0).to(tl.float32)
+    b_gradient = _load(gradients, i_matrix // count, o_x, m_x, GRADIENT, ALIGNED)
     b_square = b_gradient * b_gradient
     _store_sums(
         b_square, rows, columns, matrices, R, C, i_matrix, i_row, i_column, o_r, o_d, m_r, m_d
@@ -100,8 +105,7 @@ def _scaled_squares_kernel(
     """Sums of (g c)^2 over columns."""
     i_matrix, _, i_column, o_r, o_d, o_x, m_r, m_d = _tile(count, R, C, ROWS, COLUMNS)
     m_x = m_r[:, None] & m_d
-    p_gradient = _at(gradients, i_matrix // count, GRADIENT, ALIGNED)
-    b_gradient = tl.load(p_gradient + o_x, mask=m_x, other=0.0).to(tl.float32)
+    b_gradient = _load(gradients, i_matrix // count, o_x, m_x, GRADIENT, ALIGNED)
     b_scaled = b_gradient * tl.load(column + i_matrix * C + o_d, mask=m_d, other=0.0)
     b_sum = tl.sum(b_scaled * b_scaled, 1)
     tl.store(rows + (i_column * matrices + i_matrix) * R + o_r, b_sum, mask=m_r)
@@ -129,9 +133,8 @@ def _move_kernel(
     """The moment, and sums of (u - m')^2 = beta^2 (u - m)^2."""
     i_matrix, i_row, i_column, o_r, o_d, o_x, m_r, m_d = _tile(count, R, C, ROWS, COLUMNS)
     m_x = m_r[:, None] & m_d
-    p_gradient = _at(gradients, i_matrix // count, GRADIENT, ALIGNED)
     p_moment = _at(moments, i_matrix // count, tl.float32, ALIGNED)
-    b_gradient = tl.load(p_gradient + o_x, mask=m_x, other=0.0).to(tl.float32)
+    b_gradient = _load(gradients, i_matrix // count, o_x, m_x, GRADIENT, ALIGNED)
     b_moment = tl.load(p_moment + o_x, mask=m_x, other=0.0)
     b_row = tl.load(row + i_matrix * R + o_r, mask=m_r, other=0.0)
     b_column = tl.load(column + i_matrix * C + o_d, mask=m_d, other=0.0)
@@ -162,9 +165,8 @@ def _update_kernel(
     """The weight, rounded after its decay as came-pytorch does."""
     i_matrix, _, _, o_r, o_d, o_x, m_r, m_d = _tile(count, R, C, ROWS, COLUMNS)
     m_x = m_r[:, None] & m_d
-    p_moment = _at(moments, i_matrix // count, tl.float32, ALIGNED)
     p_weight = _at(weights, i_matrix // count, WEIGHT, ALIGNED)
-    b_moment = tl.load(p_moment + o_x, mask=m_x, other=0.0)
+    b_moment = _load(moments, i_matrix // count, o_x, m_x, tl.float32, ALIGNED)
     b_weight = tl.load(p_weight + o_x, mask=m_x, other=0.0).to(tl.float32)
     b_row = tl.load(row + i_matrix * R + o_r, mask=m_r, other=0.0)
     b_column = tl.load(column + i_matrix * C + o_d, mask=m_d, other=0.0)
@@ -189,9 +191,8 @@ def _vector_squares_kernel(
     i_program = tl.program_id(0).to(tl.int64)
     o_d = i_program % BLOCKS * BLOCK + tl.arange(0, BLOCK)
     m_d = o_d < N
-    p_gradient = _at(gradients, i_program // BLOCKS, GRADIENT, ALIGNED)
     p_average = _at(averages, i_program // BLOCKS, tl.float32, ALIGNED)
-    b_gradient = tl.load(p_gradient + o_d, mask=m_d, other=0.0).to(tl.float32)
+    b_gradient = _load(gradients, i_program // BLOCKS, o_d, m_d, GRADIENT, ALIGNED)
     b_average = tl.load(p_average + o_d, mask=m_d, other=0.0)
     b_square = b_gradient * b_gradient
     b_average += share * (b_square + eps - b_average)
@@ -224,8 +225,7 @@ def _vector_update_kernel(
     m_d = o_d < N
     p_moment = _at(moments, i_weight, tl.float32, ALIGNED)
     p_weight = _at(weights, i_weight, WEIGHT, ALIGNED)
-    p_gradient = _at(gradients, i_weight, GRADIENT, ALIGNED)
-    b_gradient = tl.load(p_gradient + o_d, mask=m_d, other=0.0).to(tl.float32)
+    b_gradient = _load(gradients, i_weight, o_d, m_d, GRADIENT, ALIGNED)
     b_average = tl.load(_at(averages, i_weight, tl.float32, ALIGNED) + o_d, mask=m_d, other=1.0)
     b_moment = tl.load(p_moment + o_d, mask=m_d, other=0.0)
     b_weight = tl.load(p_weight + o_d, mask=m_d, other=0.0).to(tl.float32)
@@ -338,28 +338,6 @@ class _Vectors:
 
 
 def came_step(
-    weights: list[Tensor],
-    gradients: list[Tensor],
-    state: State,
-    *,
-    lr: float,
-    betas: Sequence[float],
-    eps: Sequence[float],
-    clip_threshold: float,
-    weight_decay: float,
-    shape: torch.Size | None = None,
-    reduce: Reduce | None = None,
+    weights: list[Tensor], gradients: list[Tensor], state: State, **settings: Any
 ) -> None:
-    step(
-        (_Matrices, _Vectors),
-        weights,
-        gradients,
-        state,
-        lr=lr,
-        betas=betas,
-        eps=eps,
-        clip_threshold=clip_threshold,
-        weight_decay=weight_decay,
-        shape=shape,
-        reduce=reduce,
-    )
+    step((_Matrices, _Vectors), weights, gradients, state, Settings(**settings))
