@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from functools import cache
 from typing import TypeVar, cast
 
 import torch.distributed as dist
@@ -48,9 +49,13 @@ class Together:
 def all_processes() -> Together:
     """Those of the default group. All of them must call it."""
     several = dist.is_initialized() and dist.get_world_size() > 1
+    return Together(_waiting(dist.group.WORLD) if several else None)
+
+
+@cache
+def _waiting(world: dist.ProcessGroup) -> dist.ProcessGroup:
     # gloo: whoever waits leaves the GPU alone
-    group = dist.new_group(backend="gloo", timeout=_PATIENCE) if several else None
-    return Together(group)
+    return dist.new_group(backend="gloo", timeout=_PATIENCE)
 
 
 @contextmanager

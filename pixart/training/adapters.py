@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 
 from pixart.model import PixArt
@@ -28,9 +30,11 @@ def add_lora(model: PixArt, settings: Lora) -> None:
     dtype = getattr(torch, settings.base_dtype)
     # DoRA's magnitudes are of the rounded weights, and not rounded themselves
     model.to(dtype).float()
+    # peft says int, and divides by the rank: halves are as good
+    alpha = cast(int, settings.rank if settings.alpha is None else settings.alpha)
     config = LoraConfig(
         r=settings.rank,
-        lora_alpha=settings.rank if settings.alpha is None else settings.alpha,  # type: ignore[arg-type]
+        lora_alpha=alpha,
         use_dora=settings.dora,
         target_modules=settings.layers,
     )

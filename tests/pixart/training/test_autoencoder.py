@@ -187,8 +187,7 @@ def lpips(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> st
     if request.param == "package":
         package = pytest.importorskip("lpips", exc_type=ImportError)
     else:
-        package = types.ModuleType("lpips")
-        package.LPIPS = StandIn  # type: ignore[attr-defined]
+        package = types.SimpleNamespace(LPIPS=StandIn)
         monkeypatch.setitem(sys.modules, "lpips", package)
     monkeypatch.setattr(package, "LPIPS", partial(package.LPIPS, pnet_rand=True))
     return request.param
@@ -302,9 +301,7 @@ def test_what_a_decoder_and_lpips_need_is_said(
     def offline(**_settings: object) -> None:
         raise urllib.error.URLError("Name or service not known")
 
-    package = types.ModuleType("lpips")
-    package.LPIPS = offline  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "lpips", package)
+    monkeypatch.setitem(sys.modules, "lpips", types.SimpleNamespace(LPIPS=offline))
     with pytest.raises(
         ValueError, match="weights, which could not be downloaded.*put.*vgg16.* into"
     ):
