@@ -6,6 +6,7 @@ import faulthandler
 import multiprocessing
 import os
 import signal
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -78,5 +79,7 @@ def _child(
     file = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     for stream in (1, 2):
         os.dup2(file, stream)
+    # buffered, also under `python -u` as pytest-xdist's: each print is written in one piece
+    sys.stdout = os.fdopen(1, "w", closefd=False)
     faulthandler.enable()
     work(*arguments)

@@ -99,7 +99,7 @@ def whole(tmp_path_factory):
 def test_many_processes_write_what_one_does(tmp_path, whole, processes):
     folder = tmp_path / "cache"
     text = run_apart(encode, folder, output=tmp_path / "out", processes=processes)
-    assert text.count(f"report {COUNT - len(BAD)} 0 {len(BAD)}") == processes
+    assert text.count(f"report {COUNT - len(BAD)} 0 {len(BAD)}\n") == processes
     assert content(folder) == content(whole)
     null = "null-caption.safetensors"
     assert (folder / null).read_bytes() == (whole / null).read_bytes()

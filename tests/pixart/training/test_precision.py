@@ -173,7 +173,7 @@ def test_processes_skip_a_step_together(tmp_path: Path, features: Path) -> None:
     two = in_fp16(tmp_path / "two", features, **settings)
     overflowing(one)
     run_apart(overflowing, two, output=tmp_path / "out", processes=2)
-    assert {row["skipped_steps"] for row in log(one.output)} == {0, 1}
+    assert sorted(row["skipped_steps"] for row in log(one.output)) == [0, 0, 0, 0, 1]
     for row, expected in zip(log(two.output), log(one.output), strict=True):
         assert row == pytest.approx(expected, rel=2e-3)
 

@@ -73,6 +73,13 @@ def test_killed_at_random_again_and_again_it_goes_on(tmp_path: Path, features: P
         assert torch.equal(tensor, weights(made.output)[name]), name
 
 
+def wait_for_steps(apart: Apart, made: TrainRecipe) -> None:
+    rows = made.output / "log.jsonl"
+    while not rows.exists() or rows.read_text().count("\n") < 3:
+        assert apart.processes[0].exitcode is None, apart.text
+        time.sleep(0.01)
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=lambda n: n.name)
 @pytest.mark.parametrize("processes", [1, 2])
 def test_a_signal_saves_and_ends(
@@ -82,10 +89,7 @@ def test_a_signal_saves_and_ends(
                 "gradient_accumulation": 2 // processes}  # fmt: skip
     made = recipe(tmp_path / "run", features, **settings)
     apart = Apart(slowly, made, output=tmp_path / "out", processes=processes)
-    rows = made.output / "log.jsonl"
-    while not rows.exists() or rows.read_text().count("\n") < 3:
-        assert apart.processes[0].exitcode is None, apart.text
-        time.sleep(0.01)
+    wait_for_steps(apart, made)
     # one of them is told: all must stop after the same step
     os.kill(apart.processes[-1].pid, number)
     codes = apart.wait()
@@ -107,10 +111,7 @@ def test_a_signal_to_all_of_a_group_saves_as_well(tmp_path: Path, features: Path
     """A terminal and Slurm tell the processes that read data, and torchrun tells again."""
     made = recipe(tmp_path / "run", features, steps=500, checkpoint_every=500, workers=2)
     apart = Apart(in_its_own_group, made, output=tmp_path / "out")
-    rows = made.output / "log.jsonl"
-    while not rows.exists() or rows.read_text().count("\n") < 3:
-        assert apart.processes[0].exitcode is None, apart.text
-        time.sleep(0.01)
+    wait_for_steps(apart, made)
     for _ in range(2):
         os.killpg(apart.processes[0].pid, signal.SIGTERM)
         time.sleep(0.02)
@@ -119,20 +120,37 @@ def test_a_signal_to_all_of_a_group_saves_as_well(tmp_path: Path, features: Path
     assert int(saved.name[5:]) == log(made.output)[-1]["step"]
 
 
+def train_on_other_losses(made: TrainRecipe, other: Callable[..., dict]) -> None:
+    """On ``other(number, task, losses)``, of the batch's number from 1."""
+    numbers = itertools.count(1)
+
+    class Other(TextToImage):
+        def loss(self, module, batch):
+            return other(next(numbers), self, super().loss(module, batch))
+
+    train(made, partial(Other, made))
+
+
+def train_until_told(made: TrainRecipe, batch: int) -> int:
+    """Gets SIGTERM in that batch; how many it has seen when it ends."""
+    seen = 0
+
+    def tell(number: int, task: TextToImage, losses: dict) -> dict:
+        nonlocal seen
+        seen = number
+        if number == batch:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return losses
+
+    with pytest.raises(SystemExit):
+        train_on_other_losses(made, tell)
+    return seen
+
+
 def test_what_was_not_logged_yet_is_before_a_run_ends(tmp_path: Path, features: Path) -> None:
     made = recipe(tmp_path / "run", features, log_every=4)
 
-    class Told(TextToImage):
-        calls = 0
-
-        def loss(self, module, batch):
-            Told.calls += 1
-            if Told.calls == 6:
-                os.kill(os.getpid(), signal.SIGTERM)
-            return super().loss(module, batch)
-
-    with pytest.raises(SystemExit):
-        train(made, partial(Told, made))
+    assert train_until_told(made, 6) == 6
     rows = run(made)
     assert [row["step"] for row in rows] == [4, 5, 6, 8, 10, 12]
     each = run(recipe(tmp_path / "each", features))
@@ -144,18 +162,7 @@ def test_a_step_that_is_told_to_stop_is_left_in_the_middle(tmp_path: Path, featu
     settings = {"gradient_accumulation": 3, "log_every": 2, "steps": 4}
     made = recipe(tmp_path / "run", features, **settings)
 
-    class Told(TextToImage):
-        calls = 0
-
-        def loss(self, module, batch):
-            Told.calls += 1
-            if Told.calls == 8:
-                os.kill(os.getpid(), signal.SIGTERM)
-            return super().loss(module, batch)
-
-    with pytest.raises(SystemExit):
-        train(made, partial(Told, made))
-    assert Told.calls == 8
+    assert train_until_told(made, 8) == 8
     (saved,) = (made.output / "checkpoints").iterdir()
     assert saved.name == "step-0000002"
     assert run(made) == run(recipe(tmp_path / "whole", features, **settings))
@@ -178,17 +185,6 @@ def test_a_second_signal_ends_at_once(
     with pytest.raises(KeyboardInterrupt):
         train(made, partial(Interrupted, made))
     assert signal.getsignal(signal.SIGINT) is before
-
-
-def train_on_other_losses(made: TrainRecipe, other: Callable[..., dict]) -> None:
-    """On ``other(step, task, losses)``, of the step's number from 1."""
-    steps = itertools.count(1)
-
-    class Other(TextToImage):
-        def loss(self, module, batch):
-            return other(next(steps), self, super().loss(module, batch))
-
-    train(made, partial(Other, made))
 
 
 def test_nan_loss_says_what_to_do(tmp_path: Path, features: Path) -> None:
