@@ -90,7 +90,8 @@ def command(
     earlier = measured_before(file, about) if arguments.resume else []
 
     def save(rows: list[dict]) -> None:
-        write(file, [*earlier, *({**row, **about} for row in rows)])
+        # a case may have its own dtype
+        write(file, [*earlier, *({**about, **row} for row in rows)])
 
     left = [
         case

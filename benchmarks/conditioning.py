@@ -10,20 +10,18 @@ time is that of a small model in float32. Writes
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
+from typing import Literal
 
 import torch
-from rich.progress import track
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import pixart_kernels as pk
+from benchmarks.cases import command
 from benchmarks.cuda import peak_bytes
-from benchmarks.environment import environment, folder, write
 from benchmarks.generation_memory import Live
 from benchmarks.timing import measure
 from pixart import PixArt, PixArtConfig, presets
@@ -86,15 +84,14 @@ def on_device(config: PixArtConfig, batch: int, device: torch.device) -> int:
 
 def memory(shape: PixArtConfig, batch: int, device: torch.device) -> dict:
     """By conditioning: parameters, and bytes at the peak of a step."""
-    parameters, peaks = {}, {}
+    parameters, peaks, on_gpu = {}, {}, device.type == "cuda"
     for name in CONDITIONINGS:
         config = replace(shape, conditioning=name)
         with torch.device("meta"):
             parameters[name] = sum(p.numel() for p in PixArt(config).parameters())
-        on_gpu = device.type == "cuda"
         peaks[name] = on_device(config, batch, device) if on_gpu else counted(config, batch)
-    return {"how": "measured" if on_gpu else "counted", "batch": batch, "depth": shape.depth,
-            "width": shape.hidden_size, "parameters": parameters, "peak_bytes": peaks}  # fmt: skip
+    how = "measured" if on_gpu else "counted"
+    return {"how": how, "parameters": parameters, "peak_bytes": peaks}
 
 
 def time_steps(shape: PixArtConfig, batch: int, device: torch.device, seconds: float) -> dict:
@@ -110,28 +107,36 @@ def time_steps(shape: PixArtConfig, batch: int, device: torch.device, seconds: f
         name: partial(call, Step(replace(shape, conditioning=name), batch, device, autocast=on_gpu))
         for name in CONDITIONINGS
     }
-    found = measure(calls, seconds).as_json()
-    return {"batch": batch, "depth": shape.depth, "width": shape.hidden_size,
-            "dtype": "bf16 autocast" if on_gpu else "float32", **found}  # fmt: skip
+    return measure(calls, seconds).as_json()
+
+
+@dataclass(frozen=True)
+class Case:
+    """A step's memory, or its time."""
+
+    what: Literal["memory", "time"]
+    shape: PixArtConfig
+    batch: int
+    autocast: bool
+
+    def about(self) -> dict:
+        shape = {"depth": self.shape.depth, "width": self.shape.hidden_size}
+        dtype = "bf16 autocast" if self.autocast else "float32"
+        return {"what": self.what, **shape, "batch": self.batch, "dtype": dtype}
+
+
+def cases(device: str) -> list[Case]:
+    on_gpu = device == "cuda"
+    timed = (XL_2, BATCHES[0]) if on_gpu else (SMALL, SMALL_BATCH)
+    counts = [Case("memory", XL_2, batch, autocast=True) for batch in BATCHES]
+    return [*counts, Case("time", *timed, autocast=on_gpu)]
+
+
+def time_case(case: Case, device: torch.device, dtype: torch.dtype, seconds: float) -> dict:
+    if case.what == "memory":
+        return memory(case.shape, case.batch, device)
+    return time_steps(case.shape, case.batch, device, seconds)
 
 
 def main(argv: list[str]) -> None:
-    parser = argparse.ArgumentParser(
-        "python -m benchmarks conditioning", description=(__doc__ or "").splitlines()[0]
-    )
-    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
-    parser.add_argument("--budget", type=float, default=90, help="seconds for the timing")
-    parser.add_argument("--output", type=Path, help="folder; default: benchmarks/results/<device>")
-    arguments = parser.parse_args(argv)
-    device = torch.device(arguments.device)
-    shape, batch = (XL_2, BATCHES[0]) if device.type == "cuda" else (SMALL, SMALL_BATCH)
-    rows = [memory(XL_2, count, device) for count in track(BATCHES, description="memory")]
-    rows.append(time_steps(shape, batch, device, arguments.budget))
-    file = (arguments.output or folder(device)) / "conditioning.jsonl"
-    about = environment(device)
-    write(file, [{**row, **about} for row in rows])
-    for row in rows[:-1]:
-        peaks = (f"{name} {size / 2**30:.1f} GiB" for name, size in row["peak_bytes"].items())
-        print(f"batch {row['batch']}, {row['how']}: {', '.join(peaks)}")
-    times = (f"{name} {timing['median']:.1f} ms" for name, timing in rows[-1]["timings"].items())
-    print(f"a step of width {shape.hidden_size}, depth {shape.depth}: {', '.join(times)}")
+    command(argv, "conditioning", __doc__, cases, time_case, budget=270.0)

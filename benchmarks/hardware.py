@@ -82,11 +82,11 @@ def stages(output: Path, resume: bool = False) -> list[Stage]:
         family("attention", weight=6),
         family("cross_attention", weight=2),
         family("kv_compression", weight=1),
-        timings("optimizer", "optimizer", weight=1),
+        timings("optimizer", "optimizer", *["--resume"] * resume, weight=1),
         timings("block", "block", weight=3),
         timings("model", "model", *["--resume"] * resume, weight=6),
         timings("generation", "generation", *["--resume"] * resume, weight=8),
-        timings("conditioning", "conditioning", weight=2),
+        timings("conditioning", "conditioning", *["--resume"] * resume, weight=2),
     ]
 
 

@@ -145,7 +145,8 @@ def memory(file: Path) -> str:
 def conditioning(file: Path) -> str:
     """Gigabytes at the peak of a training step of the adaLN ablation, and of adaLN-single."""
     rows = read(file)
-    *peaks, times = rows
+    peaks = [row for row in rows if "peak_bytes" in row]
+    (times,) = (row for row in rows if "timings" in row)
     names = {"adaln": "adaLN in each block", "adaln_single": "adaLN-single"}
     lines = [
         [f"XL/2, 256px, batch {row['batch']}"]

@@ -7,25 +7,21 @@ Writes ``benchmarks/results/<device>/optimizer.jsonl``.
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 
 import torch
 from came_pytorch import CAME as Reference
-from rich.progress import track
 from torch import nn
 
 import pixart_kernels as pk
-from benchmarks.environment import environment, folder, write
-from benchmarks.timing import Budget, measure
+from benchmarks.cases import command
+from benchmarks.timing import measure
 from pixart import PixArt, PixArtConfig
 from pixart.training.optimizers import CAME
 from pixart_kernels import dispatch
 
-# width and depth: XL/2's last, with as many blocks as are quick on a CPU
-MODELS = ((72, 28), (288, 28), (1152, 2))
 THEIRS, ADAMW = "came-pytorch", "fused AdamW"
 STEPS = 3
 
@@ -91,32 +87,33 @@ def errors(found: Found) -> dict[str, float]:
         return {name: distance(name) for name in ours}
 
 
+@dataclass(frozen=True)
+class Model:
+    """Whose parameters are updated."""
+
+    width: int
+    depth: int
+
+    def about(self) -> dict:
+        return {"op": "came_step", "dtype": "float32", "width": self.width, "depth": self.depth}
+
+
+# XL/2's width last, with as many blocks as are quick on a CPU
+MODELS = (Model(72, 28), Model(288, 28), Model(1152, 2))
+
+
+def time_case(case: Model, device: torch.device, dtype: torch.dtype, seconds: float) -> dict:
+    """Raises ValueError where a CAME is not came-pytorch's."""
+    sizes = shapes(case.width, case.depth)
+    found = optimizers(sizes, device)
+    apart = errors(found)
+    for name, distance in apart.items():
+        if not distance < 1e-3:
+            raise ValueError(f"{name} is {distance:.2g} of the way off {THEIRS}")
+    calls: dict[str, Callable[[], object]] = {name: partial(step, found, name) for name in found}
+    about = {"tensors": len(sizes), "parameters": sum(size.numel() for size in sizes)}
+    return {**about, "error": apart, "incorrect": {}, **measure(calls, seconds).as_json()}
+
+
 def main(argv: list[str]) -> None:
-    parser = argparse.ArgumentParser(
-        "python -m benchmarks optimizer", description=(__doc__ or "").splitlines()[0]
-    )
-    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
-    parser.add_argument("--budget", type=float, default=270, help="seconds for everything")
-    parser.add_argument("--output", type=Path, help="folder; default: benchmarks/results/<device>")
-    arguments = parser.parse_args(argv)
-    device = torch.device(arguments.device)
-    about, rows = environment(device), []
-    budget = Budget(arguments.budget, len(MODELS))
-    for width, depth in track(MODELS, description="timing"):
-        sizes = shapes(width, depth)
-        found = optimizers(sizes, device)
-        apart = errors(found)
-        for name, distance in apart.items():
-            if not distance < 1e-3:
-                raise SystemExit(f"width {width}: {name} is {distance:.2g} of the way off {THEIRS}")
-        calls: dict[str, Callable[[], object]] = {
-            name: partial(step, found, name) for name in found
-        }
-        row = {"op": "came_step", "width": width, "depth": depth, "tensors": len(sizes)}
-        row |= {"parameters": sum(size.numel() for size in sizes), "error": apart, "incorrect": {}}
-        rows.append({**row, **measure(calls, budget.share()).as_json(), **about})
-    file = (arguments.output or folder(device)) / "optimizer.jsonl"
-    write(file, rows)
-    for row in rows:
-        times = (f"{name} {timing['median']:.1f} ms" for name, timing in row["timings"].items())
-        print(f"width {row['width']}, depth {row['depth']}: {', '.join(times)}")
+    command(argv, "optimizer", __doc__, lambda device: MODELS, time_case, budget=270.0)

@@ -57,7 +57,9 @@ def test_command_and_its_table(results, monkeypatch) -> None:
     monkeypatch.setattr(conditioning, "measure", measure)
     monkeypatch.setattr(conditioning, "XL_2", SMALL)
     monkeypatch.setattr(conditioning, "SMALL", replace(SMALL, depth=1))
-    conditioning.main(["--output", str(results)])
+    with pytest.raises(SystemExit) as ended:
+        conditioning.main(["--output", str(results)])
+    assert ended.value.code == 0
     file = results / "conditioning.jsonl"
     *counts, times = rows = read(file)
     assert [row["batch"] for row in counts] == list(conditioning.BATCHES)

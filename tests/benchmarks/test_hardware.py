@@ -108,7 +108,7 @@ def test_stages_cover_the_house_and_write_beside_each_other(tmp_path) -> None:
     assert all(str(tmp_path) in found[name] for name in timed)
     assert {"run", "optimizer", "block", "model", "generation", "conditioning"} <= set(COMMANDS)
     resumed = {stage.name for stage in stages(tmp_path, True) if "--resume" in stage.command}
-    assert resumed == set(timed) - {"optimizer", "block", "conditioning"}
+    assert resumed == set(timed) - {"block"}
     assert not any("--resume" in command for command in found.values())
 
 
