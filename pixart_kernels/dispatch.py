@@ -34,7 +34,7 @@ _ADALN_CPU = Verification("66f8f4793a6a", "cpu/adaln.jsonl")
 VERIFIED: dict[tuple[str, str, str], Verification] = {
     ("adaln_modulate", "native", "cpu"): _ADALN_CPU,
     ("adaln_single", "native", "cpu"): _ADALN_CPU,
-    ("came_step", "native", "cpu"): Verification("d5b1b78cbe01", "cpu/optimizer.jsonl"),
+    ("came_step", "native", "cpu"): Verification("eb30b2cf0979", "cpu/optimizer.jsonl"),
     ("compress_kv", "native", "cpu"): Verification("4791c8142439", "cpu/kv_compression.jsonl"),
     ("cross_attention", "native", "cpu"): Verification("4791c8142439", "cpu/cross_attention.jsonl"),
     ("bias_gelu", "native", "cpu"): Verification("66f8f4793a6a", "cpu/mlp.jsonl"),
