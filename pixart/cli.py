@@ -434,13 +434,14 @@ def plan(
     from rich.console import Console
 
     from pixart import planning
+    from pixart.floor import DEVICES
     from pixart.training import TrainRecipe, load_recipe
 
-    if device not in planning.DEVICES:
-        raise ValueError(f"--device is {device!r}; accepted: {', '.join(planning.DEVICES)}")
+    if device not in DEVICES:
+        raise ValueError(f"--device is {device!r}; accepted: {', '.join(DEVICES)}")
     found = planning.plan(
         load_recipe(TrainRecipe, recipe, overrides or ()),
-        planning.DEVICES[device],
+        DEVICES[device],
         count,
         efficiency=efficiency,
         measured=measured,

@@ -1,4 +1,4 @@
-"""What a PixArt must compute and move at least: FLOPs and bytes, site by site of a block."""
+"""What a PixArt must compute and move at least, site by site; and the peak rates of devices."""
 
 from __future__ import annotations
 
@@ -148,3 +148,34 @@ def flops_outside(config: PixArtConfig, tokens: int, text: int, batch: int) -> i
 def seconds(flops: int, moved: int, tflops: float, gbs: float) -> float:
     """The least that an op takes at these rates: what it waits for longer."""
     return max(flops / (1e12 * tflops), moved / (1e9 * gbs))
+
+
+@dataclass(frozen=True)
+class Device:
+    """Of one GPU, from its maker's data sheet: peak dense TFLOP/s of 16-bit matrix products and of
+    float32 ones, GB/s and GB of its memory, and the watts it is rated at. Dollars an hour are
+    typical of GPU clouds on demand in early 2026, where half and twice as much were asked as well.
+    ``driver_name`` is what CUDA calls it: PCIe and Grace variants, of other rates, have others.
+    """
+
+    name: str
+    driver_name: str
+    tflops: float
+    float32_tflops: float
+    gbs: float
+    memory_gb: float
+    watts: float
+    dollars_per_hour: float
+
+
+# from NVIDIA's data sheets "V100 Tensor Core GPU" (SXM2), "A100 Tensor Core GPU" (80GB SXM), "H100
+# Tensor Core GPU" (SXM) and "H200 Tensor Core GPU" (SXM): what those give with sparsity is halved
+DEVICES = {
+    # the price: the alpha paper's 28,400 dollars for its 1656 GPU-days
+    "v100": Device("NVIDIA V100 SXM2 32 GB", "Tesla V100-SXM2-32GB", 125, 15.7, 900, 32, 300, 0.71),
+    "a100": Device(
+        "NVIDIA A100 SXM 80 GB", "NVIDIA A100-SXM4-80GB", 312, 19.5, 2039, 80, 400, 2.00
+    ),
+    "h100": Device("NVIDIA H100 SXM 80 GB", "NVIDIA H100 80GB HBM3", 989, 67, 3350, 80, 700, 3.00),
+    "h200": Device("NVIDIA H200 SXM 141 GB", "NVIDIA H200", 989, 67, 4800, 141, 700, 4.00),
+}

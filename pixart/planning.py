@@ -16,41 +16,10 @@ from typing import Any
 import yaml
 from rich.table import Table
 
-from pixart.floor import seconds
+from pixart.floor import Device, seconds
 from pixart.training.cost import MOMENTS, memory, tokens, weights, work
 from pixart.training.recipe import TrainRecipe
 from pixart.training.run_state import read_rows
-
-
-@dataclass(frozen=True)
-class Device:
-    """Of one GPU, from its maker's data sheet: peak dense TFLOP/s of 16-bit matrix products and of
-    float32 ones, GB/s and GB of its memory, and the watts it is rated at. Dollars an hour are
-    typical of GPU clouds on demand in early 2026, where half and twice as much were asked as well.
-    ``driver_name`` is what CUDA calls it: PCIe and Grace variants, of other rates, have others.
-    """
-
-    name: str
-    driver_name: str
-    tflops: float
-    float32_tflops: float
-    gbs: float
-    memory_gb: float
-    watts: float
-    dollars_per_hour: float
-
-
-# from NVIDIA's data sheets "V100 Tensor Core GPU" (SXM2), "A100 Tensor Core GPU" (80GB SXM), "H100
-# Tensor Core GPU" (SXM) and "H200 Tensor Core GPU" (SXM): what those give with sparsity is halved
-DEVICES = {
-    # the price: the alpha paper's 28,400 dollars for its 1656 GPU-days
-    "v100": Device("NVIDIA V100 SXM2 32 GB", "Tesla V100-SXM2-32GB", 125, 15.7, 900, 32, 300, 0.71),
-    "a100": Device(
-        "NVIDIA A100 SXM 80 GB", "NVIDIA A100-SXM4-80GB", 312, 19.5, 2039, 80, 400, 2.00
-    ),
-    "h100": Device("NVIDIA H100 SXM 80 GB", "NVIDIA H100 80GB HBM3", 989, 67, 3350, 80, 700, 3.00),
-    "h200": Device("NVIDIA H200 SXM 141 GB", "NVIDIA H200", 989, 67, 4800, 141, 700, 4.00),
-}
 
 # share of the floor reached by the five stages of the PixArt-alpha paper on V100s (arXiv:2310.00426
 # table 4), all blocks recomputed: 0.37, 0.35 and 0.34 at 256px, 0.45 at 512px, and at 1024px, where
@@ -112,7 +81,7 @@ def plan(
 
     Args:
         recipe: as it would be trained; its batch size is that of each process.
-        device: one of ``DEVICES``, or your own.
+        device: one of ``pixart.floor.DEVICES``, or your own.
         count: processes, each with a device.
         efficiency: share of the floor that is reached; default: that of the alpha paper's runs.
         measured: what such devices took. The folder of a run of the same recipe, of any number of

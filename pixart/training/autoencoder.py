@@ -64,7 +64,7 @@ class _Autoencoder(nn.Module):
 
 
 class Autoencoder:
-    """A :class:`pixart.training.trainer.Task`: reconstruction of pictures.
+    """A :class:`pixart.training.loop.Task`: reconstruction of pictures.
 
     L1 or squared error of pixels, L1 of their differences between neighbours, which keeps edges,
     LPIPS (arXiv 1801.03924), plus a little KL (Rombach et al. 2022, section 3.1, without its

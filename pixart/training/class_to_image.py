@@ -86,7 +86,7 @@ def encode_classes(data: Data, config: PixArtConfig, device: torch.device) -> li
 
 
 class ClassToImage(TextToImage):
-    """A :class:`pixart.training.trainer.Task`: noise prediction for classes.
+    """A :class:`pixart.training.loop.Task`: noise prediction for classes.
 
     ``samples.prompts`` are names of classes. The exported ``pipeline/`` is the transformer alone,
     from which ``pixart grow`` makes one that reads text.

@@ -57,7 +57,7 @@ class _WithControl(Dataset[dict[str, Any]]):
 
 
 class ControlledTextToImage(TextToImage):
-    """A :class:`pixart.training.trainer.Task`: noise prediction along an image."""
+    """A :class:`pixart.training.loop.Task`: noise prediction along an image."""
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)

@@ -53,7 +53,7 @@ def pseudo_huber(x: Tensor, y: Tensor, c: float) -> Tensor:
 
 
 class Distillation(TextToImage):
-    """A :class:`pixart.training.trainer.Task`: the student of ``model.init``, its teacher.
+    """A :class:`pixart.training.loop.Task`: the student of ``model.init``, its teacher.
 
     Trained is that the student says the same of two neighbours on a way that the teacher takes
     with guidance (LCM, algorithm 1, with one guidance scale for all as in PixArt-delta,

@@ -161,7 +161,7 @@ def _digest(name: str | None) -> str | None:
 
 
 class TextToImage:
-    """A :class:`pixart.training.trainer.Task`: noise prediction on a feature cache."""
+    """A :class:`pixart.training.loop.Task`: noise prediction on a feature cache."""
 
     averages: dict[str, Tensor] | None = None
 

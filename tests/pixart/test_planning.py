@@ -14,11 +14,11 @@ from typer.testing import CliRunner
 from benchmarks.environment import RESULTS
 from pixart import presets
 from pixart.cli import app
-from pixart.floor import block_sites
-from pixart.planning import DEVICES, EFFICIENCY, Device, Plan, floor_seconds, pass_seconds, plan
+from pixart.floor import DEVICES, Device, block_sites
+from pixart.planning import EFFICIENCY, Plan, floor_seconds, pass_seconds, plan
+from pixart.training.loop import _peak_flops
 from pixart.training.recipe import TrainRecipe, check_recipe, load_recipe
 from pixart.training.run_state import RunFolder
-from pixart.training.trainer import _peak_flops
 
 # PixArt-alpha, arXiv:2310.00426, table 4: preset, size, steps, batch a GPU, GPUs, V100-days
 STAGES = {

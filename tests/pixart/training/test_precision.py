@@ -12,8 +12,8 @@ from processes import run_apart
 from small_runs import MODEL, log, recipe, run, weights
 
 from pixart.training import TrainRecipe, train
+from pixart.training.loop import learning_rate
 from pixart.training.text_to_image import TextToImage
-from pixart.training.trainer import learning_rate
 
 pytestmark = pytest.mark.usefixtures("any_precision")
 

@@ -11,11 +11,11 @@ from torch import nn
 
 import pixart_kernels as pk
 from pixart.floor import model_flops
+from pixart.training import loop as loop_module
 from pixart.training import train
-from pixart.training import trainer as trainer_module
+from pixart.training.loop import learning_rate
 from pixart.training.recipe import Run, Schedule, check_recipe
 from pixart.training.text_to_image import TextToImage
-from pixart.training.trainer import learning_rate
 
 
 @pytest.fixture(scope="module")
@@ -115,7 +115,7 @@ def test_curves_reach_tensorboard(tmp_path: Path, features: Path) -> None:
 def test_utilisation_is_logged_where_the_peak_is_known(
     tmp_path: Path, features: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(trainer_module, "_peak_flops", lambda device, precision: 1e9)
+    monkeypatch.setattr(loop_module, "_peak_flops", lambda device, precision: 1e9)
     made = recipe(tmp_path / "run", features, steps=3, log_every=3)
     (row,) = train(made, lambda device: TextToImage(made, device)).read_log()
     # an epoch of eleven pictures, with 1 to 5 tokens of text
@@ -202,7 +202,7 @@ def test_the_recipe_reaches_the_optimiser_and_the_model(
         )
         return norm
 
-    monkeypatch.setattr(trainer_module.Accelerator, "clip_grad_norm_", clipped)
+    monkeypatch.setattr(loop_module.Accelerator, "clip_grad_norm_", clipped)
     rows = train(made, lambda device: Checks(made, device)).read_log()
     assert (seen["lr"], seen["betas"], seen["eps"]) == (2e-3, (0.7, 0.8), 1e-7)
     assert seen["weight_decay"] == 0.2
