@@ -95,6 +95,15 @@ def a_step(made: TrainRecipe) -> tuple[torch.nn.Module, Callable[[], None]]:
     return module, lambda: task.loss(module, batch)["loss"].backward()
 
 
+def check_memory(made: TrainRecipe, module: torch.nn.Module, step: Callable[[], None]) -> None:
+    """The peak beyond weights and gradients, which the first step leaves."""
+    step()
+    module.zero_grad(set_to_none=False)
+    found = memory(made)
+    predicted = sum(found.get(name, 0) for name in ("activations", "working", "weights in 16 bits"))
+    assert predicted == pytest.approx(max(_allocations(step)), rel=0.2)
+
+
 @pytest.mark.parametrize("checkpointing", [False, "selective", True], ids=str)
 @pytest.mark.parametrize("kind", list(KINDS))
 def test_flops_are_those_that_torch_counts(
@@ -134,12 +143,7 @@ def test_memory_of_each_kind_is_what_a_step_takes(
 ) -> None:
     """The peak of a step beyond weights and gradients, of a model that computes on a CPU."""
     made = of_kind(kind, folder, mixed_precision=precision, gradient_checkpointing=checkpointing)
-    module, step = a_step(made)
-    step()
-    module.zero_grad(set_to_none=False)
-    found = memory(made)
-    predicted = sum(found.get(name, 0) for name in ("activations", "working", "weights in 16 bits"))
-    assert predicted == pytest.approx(max(_allocations(step)), rel=0.2)
+    check_memory(made, *a_step(made))
 
 
 def test_what_is_frozen_has_no_state() -> None:
@@ -233,11 +237,7 @@ def test_memory_is_what_a_step_takes(checkpointing: bool | str, precision: str) 
             output = model(*inputs, torch.ones(2, 20))
         output.float().square().mean().backward()
 
-    step()
-    model.zero_grad(set_to_none=False)
-    found = memory(made)
-    predicted = sum(found.get(name, 0) for name in ("activations", "working", "weights in 16 bits"))
-    assert predicted == pytest.approx(max(_allocations(step)), rel=0.2)
+    check_memory(made, model, step)
 
 
 def test_state_is_shared_out_by_fsdp_alone() -> None:

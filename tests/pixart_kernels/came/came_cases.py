@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 
@@ -110,6 +112,23 @@ def check_came_pytorch(backend, count, shape, steps=50, dtype=FP32, device="cpu"
         same = [(a.cpu() == b).float().mean() for a, b in zip(actual[0], eager[0], strict=True)]
         # a sum that falls between two numbers may round to either
         assert min(same) > 0.9
+
+
+def per_dtypes(test):
+    """Of weights and of gradients, of a matrix and of a vector."""
+    pairs = itertools.product(DTYPES, repeat=2)
+    test = pytest.mark.parametrize("dtype, gradient_dtype", pairs, ids=str)(test)
+    return pytest.mark.parametrize("shape", [(33, 20), (70,)], ids=str)(test)
+
+
+def check_dtypes(backend, shape, dtype, gradient_dtype, device="cpu"):
+    actual, expected = (
+        walk(one, 2, shape, dtype=dtype, gradient_dtype=gradient_dtype, device=device)
+        for one in (backend, "reference")
+    )
+    for found, wanted in zip(actual[0], expected[0], strict=True):
+        # a sum that falls between two numbers may round to either
+        torch.testing.assert_close(found, wanted, rtol=4 * torch.finfo(dtype).eps, atol=1e-6)
 
 
 def check_strided_gradients(backend, device="cpu"):

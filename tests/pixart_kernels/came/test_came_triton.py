@@ -2,28 +2,20 @@
 
 from __future__ import annotations
 
-import itertools
-
 import came_cases as cases
 import pytest
-import torch
-from came_cases import BF16, DTYPES, FP16, OTHERS, SETTINGS, drawn, fresh_state
+from came_cases import BF16, FP16, OTHERS, SETTINGS, drawn, fresh_state
+from triton_devices import DEVICE, GPU, needs_triton, on_gpu
 
 import pixart_kernels as pk
-from pixart_kernels import _triton
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 pytestmark = [
-    pytest.mark.skipif(
-        _triton.problem is not None or (DEVICE == "cpu" and not _triton.INTERPRETED),
-        reason=_triton.problem or "no GPU, and TRITON_INTERPRET=1 is not set",
-    ),
+    *needs_triton,
     # numpy's, in lanes that are masked
     pytest.mark.filterwarnings("ignore:invalid value encountered"),
-    *([pytest.mark.gpu] if DEVICE == "cuda" else []),
 ]
 # interpreted, a step takes a hundred times as long: one with each size of gradients
-STEPS = 50 if DEVICE == "cuda" else 5
+STEPS = 50 if GPU else 5
 
 # (count, shape): a scalar; vectors, the last in several blocks; one row; one column; odd sizes;
 # several tiles of rows and of columns; convolutions, and matrices of three dimensions
@@ -64,20 +56,9 @@ def test_16_bits_are_rounded_as_came_pytorch_rounds(shape, dtype):
     cases.check_came_pytorch("triton", 2, shape, STEPS, dtype=dtype, device=DEVICE)
 
 
-@pytest.mark.parametrize("shape", [(33, 20), (70,)], ids=str)
-@pytest.mark.parametrize(
-    "dtype, gradient_dtype",
-    itertools.product(DTYPES, repeat=2),
-    ids=lambda dtype: str(dtype).removeprefix("torch."),
-)
+@cases.per_dtypes
 def test_dtypes(shape, dtype, gradient_dtype):
-    actual, expected = (
-        cases.walk(backend, 2, shape, dtype=dtype, gradient_dtype=gradient_dtype, device=DEVICE)
-        for backend in ("triton", "reference")
-    )
-    for found, wanted in zip(actual[0], expected[0], strict=True):
-        # a sum that falls between two numbers may round to either
-        torch.testing.assert_close(found, wanted, rtol=4 * torch.finfo(dtype).eps, atol=1e-6)
+    cases.check_dtypes("triton", shape, dtype, gradient_dtype, DEVICE)
 
 
 @pytest.mark.parametrize("shape", [(8, 24), (24,)], ids=str)
@@ -116,7 +97,7 @@ def test_zeros_and_nan(shape):
     cases.check_zeros_and_nan("triton", shape, DEVICE)
 
 
-@pytest.mark.skipif(DEVICE == "cpu", reason="interpreted")
+@on_gpu
 @pytest.mark.parametrize("shape", [(1152, 4608), (6912,)], ids=str)
 def test_same_bits_a_hundred_times(shape):
     expected = cases.walk("triton", 3, shape, device=DEVICE)
