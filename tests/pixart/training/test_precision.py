@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from functools import partial
 from pathlib import Path
 
@@ -147,6 +148,18 @@ def test_a_run_in_fp16_goes_on_bit_for_bit(
     assert any(row["skipped_steps"] for row in whole[16:])
     for name, tensor in weights(tmp_path / "whole").items():
         assert torch.equal(tensor, weights(parts.output)[name]), name
+
+
+def test_a_checkpoint_without_a_scaler_goes_on(tmp_path: Path, features: Path) -> None:
+    """As fp16 on a CPU once left them, which trained in float32."""
+    settings = {"checkpoint_every": 2, "schedule": {"name": "constant"}}
+    run(in_fp16(tmp_path / "run", features, steps=4, **settings))
+    about = tmp_path / "run" / "checkpoints" / "step-0000004" / "checkpoint.json"
+    kept = json.loads(about.read_text())
+    del kept["updates"]
+    about.write_text(json.dumps(kept | {"scaler": None}))
+    rows = run(in_fp16(tmp_path / "run", features, steps=6, **settings))
+    assert [row["step"] for row in rows] == [1, 2, 3, 4, 5, 6]
 
 
 class Overflows(TextToImage):
